@@ -1935,7 +1935,7 @@ def load_environment(name: str) -> tuple[Callable[[], Any], type, type]:
         module_name = benchmark.__name__  # the default, copied into a package
     env = getattr(importlib.import_module(module_name), class_name, None)
     if not isinstance(env, type):
-        raise ValueError(f"there is no class {class_name} in {module_name}")
+        raise TypeError(f"there is no class {class_name} in {module_name}")
     step = getattr(env, "step", None) or getattr(env, "step_async", None)
     names = [n for n in getattr(step, "__annotations__", {}) if n != "return"]
     action_cls = _annotation(step, names[0]) if names else None
