@@ -174,7 +174,7 @@ class WebSocket:
         self._tending = False  # `tend` is at work: whatever is sent must not block
         self._unsent = b""  # the rest of a pong that did not fit into the socket
         self._nowait = 0 if isinstance(sock, ssl.SSLSocket) else _MSG_DONTWAIT
-        self._close_sent = False
+        self._close_sent = self._close_received = False
         self._closed: ConnectionClosed | None = None  # why nothing more will come
         self._received_at = time.monotonic()  # when the last bytes came
         self._sending_since: float | None = None  # when the last bytes could be sent
@@ -474,7 +474,8 @@ class WebSocket:
             self._send_frame(PONG, payload)
         elif frame.opcode == CLOSE:
             code, reason = _parse_close(payload)
-            self.begin_close(code, "")
+            self._close_received = True
+            self.begin_close(code)
             raise self._end(code, reason)
 
     def _end(self, code: int, reason: str) -> ConnectionClosed:
@@ -565,15 +566,16 @@ class WebSocket:
         deadline = time.monotonic() + timeout
         with self._receiving:
             try:
-                while True:
+                while time.monotonic() < deadline:  # until the peer's Close frame
                     self._parse()
                     self._sock.settimeout(max(deadline - time.monotonic(), 0.001))
                     self._fill()
-                    if time.monotonic() > deadline:
-                        break
-            except (ConnectionClosed, TimeoutError):
-                pass
-            linger(self._sock, deadline, first=not self._client)
+            except (ConnectionClosed, TimeoutError, OSError):
+                pass  # it came, or never will
+            if self._close_received and not self._client:
+                self._sock.close()  # the peer sends nothing more, so there is none to lose
+            else:
+                linger(self._sock, deadline, first=not self._client)
 
     def detach(self) -> socket.socket:
         """Give the socket away, for a caller that frames by himself."""
@@ -695,11 +697,9 @@ def _read_handshake(
     """Check the server's answer (section 4.1) and return the bytes that followed it."""
     data = b""
     while b"\r\n\r\n" not in data:
-        chunk = _recv_until(sock, deadline)
-        if not chunk or len(data) > _HEADER_LIMIT:
-            raise ConnectionError(
-                "the answer is no HTTP response; is this a WebSocket server?"
-            )
+        chunk = _recv_until(sock, deadline) if len(data) <= _HEADER_LIMIT else b""
+        if not chunk:
+            raise ConnectionError("the answer is no HTTP: is this a WebSocket server?")
         data += chunk
     head, early = data.split(b"\r\n\r\n", 1)
     if trace:

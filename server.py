@@ -253,7 +253,7 @@ _BOUNDS: list[tuple[str, tuple[type, ...], Callable[[Any, Any], Any], str, str]]
     ),
 ]
 
-Loc = tuple[str | int, ...]
+Loc = tuple[Any, ...]  # of str and int: the path to a value
 
 
 def validate(schema: Mapping[str, Any], value: Any, loc: Loc) -> list[dict[str, Any]]:

@@ -32,9 +32,8 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Optional
+from typing import TYPE_CHECKING, Any, Literal, Optional
 from unittest import mock
-from urllib.parse import urlsplit
 
 import benchmark
 import client
@@ -48,6 +47,9 @@ from benchmark import (
     BenchmarkState,
     StepResult,
 )
+
+if TYPE_CHECKING:
+    from typing import Self
 
 HERE = Path(__file__).resolve().parent
 PATIENCE = 20.0  # seconds, for what happens at once unless it is broken
@@ -81,11 +83,13 @@ class RawPeer:
     """A socket to a server, and RFC 6455 by hand: it can break every rule."""
 
     def __init__(self, running: server.Server) -> None:
-        self.sock = socket.create_connection(running.server_address[:2], PATIENCE)
+        self.sock = socket.create_connection(
+            ("127.0.0.1", running.server_port), PATIENCE
+        )
         self.port = running.server_port
         self.data = b""
 
-    def __enter__(self) -> RawPeer:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
@@ -170,6 +174,8 @@ class RawPeer:
             first, payload = self.read_frame()
             if first == 0x88:
                 break
+        with contextlib.suppress(OSError):
+            self.send(frame(8, payload))
         if not self.at_end():
             raise AssertionError(f"after Close: {self.data!r}")
         return int.from_bytes(payload[:2], "big")
@@ -275,7 +281,11 @@ class EnvironmentTest(unittest.TestCase):
     def test_environment_loads_no_network_code(self) -> None:
         code = "import benchmark, sys; print('socket' in sys.modules); benchmark.BenchmarkEnv"
         done = subprocess.run(
-            [sys.executable, "-S", "-c", code], cwd=HERE, capture_output=True, text=True
+            [sys.executable, "-S", "-c", code],
+            cwd=HERE,
+            capture_output=True,
+            text=True,
+            check=False,
         )
         self.assertEqual((done.stdout, done.stderr), ("False\n", ""))
         with self.assertRaises(AttributeError):
@@ -283,16 +293,22 @@ class EnvironmentTest(unittest.TestCase):
 
     def test_self_check(self) -> None:
         done = subprocess.run(
-            [sys.executable, "benchmark.py"], cwd=HERE, capture_output=True, text=True
+            [sys.executable, "benchmark.py"],
+            cwd=HERE,
+            capture_output=True,
+            text=True,
+            check=False,
         )
         self.assertEqual(done.returncode, 0)
         names = [line.partition(":")[0] for line in done.stdout.splitlines()]
         self.assertEqual(names, ["reset", "step", "state", "rewards"])
-        with mock.patch.object(
-            BenchmarkEnvironment, "step", lambda *_: BenchmarkObservation()
-        ):
-            with contextlib.redirect_stdout(io.StringIO()) as output:
-                self.assertEqual(benchmark._check(), 1)
+
+        def nothing(*_: Any) -> BenchmarkObservation:
+            return BenchmarkObservation()
+
+        broken = mock.patch.object(BenchmarkEnvironment, "step", nothing)
+        with broken, contextlib.redirect_stdout(io.StringIO()) as output:
+            self.assertEqual(benchmark._check(), 1)
         self.assertIn("rewards: FAILED", output.getvalue())
 
 
@@ -878,3 +894,1211 @@ class FailureTest(ServerCase):
             status, answer = self.http("POST", "/reset", {}, running=running)
             self.assertEqual((status, answer["code"]), (500, "FACTORY_ERROR"))
             self.assertEqual(self.http("GET", "/health", running=running)[0], 200)
+
+
+# ---------------------------------------------------------------------------
+# WebSocket: RFC 6455, both ends
+# ---------------------------------------------------------------------------
+
+HELLO = text_frame({"type": "step", "data": {"message": "hello"}})
+BIG = json.dumps({"type": "step", "data": {"message": "x" * 70_000}}).encode()
+# What a peer sends, and the status code it must be closed with. (Masked: for a server.)
+FAULTS: list[tuple[str, list[tuple[int, bytes, dict[str, Any]]], int]] = [
+    ("reserved bits", [(1, b"", {"bits": 4})], 1002),
+    ("reserved data opcode", [(3, b"", {})], 1002),
+    ("reserved control opcode", [(11, b"", {})], 1002),
+    ("long ping", [(9, b"x" * 126, {})], 1002),
+    ("fragmented ping", [(9, b"", {"fin": False})], 1002),
+    ("orphan continuation", [(0, b"x", {})], 1002),
+    ("message in a message", [(1, b"a", {"fin": False}), (1, b"b", {})], 1002),
+    ("binary in a message", [(1, b"a", {"fin": False}), (2, b"b", {})], 1002),
+    ("length not minimal (16)", [(1, b"x", {"form": 2})], 1002),
+    ("length not minimal (64)", [(1, b"x" * 200, {"form": 8})], 1002),
+    ("invalid UTF-8", [(1, b"\xff", {})], 1007),
+    ("invalid first fragment", [(1, b"abc\xc0\xaf", {"fin": False})], 1007),
+    ("surrogate", [(1, b"\xed\xa0", {"fin": False})], 1007),
+    ("beyond Unicode", [(1, b"\xf4\x90", {"fin": False})], 1007),
+    ("half a code point at the end", [(1, b"\xe2\x82", {})], 1007),
+    (
+        "half at the end of fragments",
+        [(1, b"\xe2", {"fin": False}), (0, b"\x82", {})],
+        1007,
+    ),
+    ("close of one byte", [(8, b"\x03", {})], 1002),
+    ("close reason not UTF-8", [(8, b"\x03\xe8\xff", {})], 1007),
+    ("close frame over 125", [(8, b"\x03\xe8" + b"x" * 124, {})], 1002),
+]
+for _code in (0, 999, 1004, 1005, 1006, 1015, 1016, 1100, 2000, 2999, 5000, 65535):
+    FAULTS.append((f"close code {_code}", [(8, struct.pack("!H", _code), {})], 1002))
+
+
+class ServerProtocolTest(ServerCase):
+    options = {"max_message_mb": 1}  # noqa: RUF012
+
+    def setUp(self) -> None:
+        self.ws = self.peer().upgrade()
+
+    def echo(self, message: bytes = HELLO) -> Any:
+        self.ws.send(message)
+        return self.ws.message()["data"]["observation"]["echoed_message"]
+
+    def test_faults_have_their_codes(self) -> None:
+        for name, frames, code in FAULTS:
+            with self.subTest(name), self.peer().upgrade() as peer:
+                peer.send(b"".join(frame(op, data, **how) for op, data, how in frames))
+                self.assertEqual(peer.close_code(), code)
+
+    def test_frames_of_a_client_must_be_masked(self) -> None:
+        self.ws.send(frame(1, b"{}", masked=False))
+        self.assertEqual(self.ws.close_code(), 1002)
+
+    def test_valid_closes_are_echoed(self) -> None:
+        for code in (1000, 1001, 1003, 1007, 1011, 1012, 1013, 1014, 3000, 4999):
+            with self.peer().upgrade() as peer:
+                peer.send(frame(8, struct.pack("!H", code) + "grüße".encode()) + HELLO)
+                self.assertEqual(peer.close_code(), code)
+        self.ws.send(frame(8))
+        self.assertEqual(self.ws.read_frame(), (0x88, b""))
+        self.assertTrue(self.ws.at_end())
+
+    def test_all_three_lengths(self) -> None:
+        for size in (0, 1, 83, 84, 125, 126, 65_000, 65_535, 65_536, 200_000):
+            message = text_frame({"type": "step", "data": {"message": "y" * size}})
+            self.assertEqual(self.echo(message), "y" * size)
+
+    def test_fragments_with_control_frames_between(self) -> None:
+        payload = json.dumps(
+            {"type": "step", "data": {"message": "aé𝄞"}}, ensure_ascii=False
+        ).encode()
+        parts = [payload[i : i + 1] for i in range(len(payload))]
+        self.ws.send(frame(1, b"", fin=False))
+        for i, part in enumerate(parts):
+            self.ws.send(
+                frame(9, bytes([i])) + frame(10, b"unasked") + frame(0, part, fin=False)
+            )
+            self.assertEqual(self.ws.read_frame(), (0x8A, bytes([i])))
+        self.ws.send(frame(0, b""))
+        self.assertEqual(
+            self.ws.message()["data"]["observation"]["echoed_message"], "aé𝄞"
+        )
+
+    def test_bytes_one_at_a_time_and_all_at_once(self) -> None:
+        ping = frame(9, b"p")
+        for byte in (
+            frame(1, BIG[:10], fin=False) + ping + frame(0, BIG[10:40], fin=False)
+        ):
+            self.ws.send(bytes([byte]))
+        self.assertEqual(self.ws.read_frame(), (0x8A, b"p"))
+        self.ws.send(frame(0, BIG[40:]) + ping + HELLO * 20 + ping)
+        self.assertEqual(
+            len(self.ws.message()["data"]["observation"]["echoed_message"]), 70_000
+        )
+        found = [self.ws.read_frame()[0] for _ in range(22)]
+        self.assertEqual((found.count(0x81), found.count(0x8A)), (20, 2))
+
+    def test_frame_right_behind_the_handshake(self) -> None:
+        with self.peer() as peer:
+            peer.request(
+                "GET /ws HTTP/1.1\nHOST\nUpgrade: h2c, WebSocket\nConnection: keep-alive, UPGRADE\n"
+                "Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\nSec-WebSocket-Version: 13\n"
+                "Sec-WebSocket-Extensions: permessage-deflate\nSec-WebSocket-Protocol: chat",
+                HELLO,
+            )
+            head = peer.read_head().lower()
+            self.assertIn("sec-websocket-accept: icx+yqv66kxgm0fcwalwlflwtai=", head)
+            self.assertNotIn("extensions", head)
+            self.assertNotIn("protocol:", head)
+            self.assertEqual(peer.message()["type"], "observation")
+
+    def test_bad_handshakes(self) -> None:
+        good = {
+            "Upgrade": "websocket",
+            "Connection": "Upgrade",
+            "Sec-WebSocket-Key": "AAAAAAAAAAAAAAAAAAAAAA==",
+            "Sec-WebSocket-Version": "13",
+        }
+        cases = [
+            ({"Upgrade": "h2c"}, "GET", 426),
+            ({"Connection": "close"}, "GET", 426),
+            ({"Sec-WebSocket-Version": "8"}, "GET", 426),
+            ({"Sec-WebSocket-Key": "AAAA"}, "GET", 400),
+            ({"Sec-WebSocket-Key": "A" * 24}, "GET", 400),
+            ({}, "POST", 405),
+            ({}, "HEAD", 405),
+        ]
+        for changes, method, expected in cases:
+            fields = "\n".join(f"{k}: {v}" for k, v in {**good, **changes}.items())
+            with self.subTest(changes=changes, method=method), self.peer() as peer:
+                peer.request(f"{method} /ws HTTP/1.1\nHOST\n{fields}")
+                head = peer.read_head()
+                self.assertTrue(head.startswith(f"HTTP/1.1 {expected}"), head)
+                if expected == 426:
+                    self.assertIn("Sec-WebSocket-Version: 13", head)
+
+    def test_too_big_is_refused_before_it_is_sent(self) -> None:
+        limit = 1 << 20
+        self.ws.send(bytes([0x81, 0xFF]) + (limit + 1).to_bytes(8, "big") + b"mask")
+        self.assertEqual(self.ws.close_code(), 1009)
+        with self.peer().upgrade() as peer:  # over all fragments together
+            peer.send(frame(1, b" " * limit, fin=False) + frame(0, b" "))
+            self.assertEqual(peer.close_code(), 1009)
+        with self.peer().upgrade() as peer:  # the top bit of a length is no size
+            peer.send(bytes([0x81, 0xFF]) + b"\xff" * 8 + b"mask")
+            self.assertIn(peer.close_code(), (1002, 1009))
+
+    def test_random_bytes_never_hurt_the_server(self) -> None:
+        chance = random.Random(6455)
+        for _ in range(60):
+            with self.peer().upgrade() as peer:
+                good = text_frame(
+                    {"type": "step", "data": {"message": "x" * chance.randrange(300)}}
+                )
+                data = bytearray(good * chance.randrange(1, 4))
+                for _ in range(chance.randrange(1, 5)):
+                    data[chance.randrange(len(data))] = chance.randrange(256)
+                peer.send(bytes(data[: chance.randrange(len(data))]))
+                peer.sock.shutdown(socket.SHUT_WR)
+                peer.at_end()
+        self.assertEqual(self.echo(), "hello")
+        wait_until(lambda: len(self.running.connections) == 1, "the end of the others")
+        self.assertEqual(len(self.running.app._sessions), 1)
+
+
+class ClientProtocolTest(unittest.TestCase):
+    """The other role of the class, against a hand-made server on a socket pair."""
+
+    def setUp(self) -> None:
+        self.sock, theirs = socket.socketpair()
+        self.sock.settimeout(PATIENCE)
+        self.addCleanup(self.sock.close)
+        self.ws = client.WebSocket(theirs, client=True, max_size=1000, timeout=PATIENCE)
+        self.addCleanup(self.ws.drop)
+
+    def read_frame(self) -> tuple[int, bytes]:
+        with self.sock.makefile("rb", 0) as file:
+
+            def read(size: int) -> bytes:
+                data = b""
+                while len(data) < size:
+                    data += file.read(size - len(data)) or b""
+                return data
+
+            first, second = read(2)
+            self.assertTrue(second & 0x80, "a client masks")
+            size = second & 0x7F
+            if size > 125:
+                size = int.from_bytes(read(2 if size == 126 else 8), "big")
+            key = read(4)
+            return first, bytes(b ^ key[i % 4] for i, b in enumerate(read(size)))
+
+    def test_faults_have_their_codes(self) -> None:
+        for name, frames, code in FAULTS:
+            with self.subTest(name):
+                self.setUp()
+                for op, data, how in frames:
+                    self.sock.sendall(frame(op, data, masked=False, **how))
+                with self.assertRaises(client.ConnectionClosed) as caught:
+                    self.ws.recv()
+                self.assertEqual(caught.exception.code, code)
+                first, payload = self.read_frame()
+                self.assertEqual((first, payload[:2]), (0x88, struct.pack("!H", code)))
+                with self.assertRaises(client.ConnectionClosed):
+                    self.ws.send("after the end")
+
+    def test_frames_of_a_server_must_not_be_masked(self) -> None:
+        self.sock.sendall(frame(1, b"x"))
+        with self.assertRaises(client.ConnectionClosed) as caught:
+            self.ws.recv()
+        self.assertEqual(caught.exception.code, 1002)
+
+    def test_messages_of_both_kinds(self) -> None:
+        for message in ("", "aé𝄞", "x" * 126, b"", b"\xff" * 900):
+            self.ws.send(message)
+            first, payload = self.read_frame()
+            data = message.encode() if isinstance(message, str) else message
+            self.assertEqual(
+                (first & 0x0F, payload), (1 if isinstance(message, str) else 2, data)
+            )
+            op = first & 0x0F
+            self.sock.sendall(frame(op, data[:5], fin=False, masked=False))
+            self.sock.sendall(
+                frame(0, b"", fin=False, masked=False) + frame(9, b"?", masked=False)
+            )
+            self.sock.sendall(frame(0, data[5:], masked=False))
+            self.assertEqual(self.ws.recv(), message)
+            self.assertEqual(self.read_frame(), (0x8A, b"?"))
+
+    def test_masking_is_its_own_inverse(self) -> None:
+        chance = random.Random(1)
+        for size in (0, 1, 3, 4, 5, 1022, 1023, 1024, 1025, 5000):
+            data, key = (
+                bytes(chance.randrange(256) for _ in range(size)),
+                b"\0\x7f\x80\xff",
+            )
+            masked = client.apply_mask(data, key)
+            self.assertEqual(masked, bytes(b ^ key[i % 4] for i, b in enumerate(data)))
+            self.assertEqual(client.apply_mask(masked, key), data)
+
+    def test_every_way_to_cut_a_stream(self) -> None:
+        stream = frame(1, "é𝄞".encode() * 40, fin=False, masked=False)
+        stream += frame(9, b"ping", masked=False) + frame(0, b"end", masked=False)
+        chance = random.Random(2)
+        for _ in range(100):
+            at = 0
+            while at < len(stream):
+                size = chance.choice((1, 2, 3, 7, 100))
+                self.sock.sendall(stream[at : at + size])
+                at += size
+                self.ws.tend()
+            self.assertEqual(self.ws.recv(), "é𝄞" * 40 + "end")
+            self.assertEqual(self.read_frame(), (0x8A, b"ping"))
+
+    def test_tend_answers_pings_and_keeps_messages(self) -> None:
+        self.sock.sendall(frame(1, b"one", masked=False) + frame(9, b"1", masked=False))
+        self.sock.sendall(frame(1, b"two", masked=False) + frame(9, b"2", masked=False))
+        while len(self.ws._inbox) < 2:
+            self.ws.tend()
+        self.assertEqual(
+            [self.read_frame() for _ in range(2)], [(0x8A, b"1"), (0x8A, b"2")]
+        )
+        self.assertEqual([self.ws.recv(), self.ws.recv()], ["one", "two"])
+
+    def test_tend_holds_a_bounded_amount(self) -> None:
+        self.ws._max_size = 1 << 22
+        flood = frame(1, b"x" * 500_000, masked=False)
+        sender = threading.Thread(
+            target=self.sock.sendall, args=(flood * 10,), daemon=True
+        )
+        sender.start()
+        for _ in range(300):
+            self.ws.tend()
+        self.assertLess(self.ws._held, 2_000_000)
+        for _ in range(10):
+            self.assertEqual(len(self.ws.recv()), 500_000)
+        sender.join(PATIENCE)
+
+    def test_tend_never_blocks_on_a_peer_that_reads_nothing(self) -> None:
+        ping = frame(9, b"x" * 125, masked=False)
+        sent = 0
+        self.sock.setblocking(False)
+        deadline = time.monotonic() + PATIENCE
+        while sent < 5_000 and time.monotonic() < deadline:
+            with contextlib.suppress(BlockingIOError):
+                sent += self.sock.send(ping) > 0
+            self.ws.tend()
+            if self.ws._unsent:
+                break
+        self.assertLessEqual(len(self.ws._unsent), 200)
+        self.sock.settimeout(PATIENCE)
+
+    def test_timeout_and_end(self) -> None:
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            ws = client.WebSocket(theirs, client=True, max_size=10, timeout=0.05)
+            with self.assertRaises(TimeoutError):
+                ws.recv()
+            ours.sendall(b"\x81")  # bytes that never become a message
+            with self.assertRaises(TimeoutError):
+                ws.recv()
+            ours.close()
+            with self.assertRaises(client.ConnectionClosed) as caught:
+                ws.recv()
+            self.assertEqual(caught.exception.code, 1006)
+
+    def test_closing_handshake_from_this_end(self) -> None:
+        closing = threading.Thread(target=self.ws.close, args=(1001, "ü" * 100))
+        closing.start()
+        first, payload = self.read_frame()
+        self.assertEqual((first, payload[:2]), (0x88, struct.pack("!H", 1001)))
+        self.assertEqual(payload[2:].decode(), "ü" * 61)  # cut between code points
+        self.sock.sendall(
+            frame(1, b"late", masked=False) + frame(8, payload[:2], masked=False)
+        )
+        self.sock.shutdown(socket.SHUT_WR)
+        closing.join(PATIENCE)
+        self.ws.close()  # twice is fine
+        with self.assertRaises(client.ConnectionClosed):
+            self.ws.recv()
+
+
+class HandshakeTest(unittest.TestCase):
+    """The client's opening handshake against servers that get it wrong."""
+
+    def answer(
+        self, change: Callable[[str], str], early: bytes = b""
+    ) -> client.WebSocket:
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+
+            def serve_one() -> None:
+                sock, _ = listener.accept()
+                with sock:
+                    head = sock.recv(65536).decode()
+                    self.request = head
+                    key = re.search("Sec-WebSocket-Key: (.+)\r\n", head)
+                    assert key
+                    good = (
+                        "HTTP/1.1 101 Switching Protocols\r\nUpgrade: WebSocket\r\nconnection: "
+                        f"foo, upgrade\r\nSec-WebSocket-Accept: {client.accept_key(key[1])}\r\n\r\n"
+                    )
+                    sock.sendall(change(good).encode() + early)
+                    sock.settimeout(PATIENCE)
+                    with contextlib.suppress(OSError):
+                        sock.recv(1)
+
+            thread = threading.Thread(target=serve_one)
+            thread.start()
+            try:
+                url = f"ws://127.0.0.1:{listener.getsockname()[1]}/some/path/ws"
+                ws = client.WebSocket.connect(
+                    url, {"Authorization": "Bearer x"}, PATIENCE, PATIENCE
+                )
+                self.addCleanup(ws.drop)
+                if early:
+                    self.assertEqual(ws.recv(), "early")
+                ws.drop()
+                return ws
+            finally:
+                thread.join(PATIENCE)
+
+    def test_accepts_a_good_one_and_keeps_what_follows(self) -> None:
+        self.answer(lambda good: good, frame(1, b"early", masked=False))
+        self.assertIn("GET /some/path/ws HTTP/1.1\r\n", self.request)
+        self.assertIn("\r\nAuthorization: Bearer x\r\n", self.request)
+        key = re.search("Sec-WebSocket-Key: (.+)\r\n", self.request)
+        self.assertEqual(len(base64.b64decode(key[1] if key else "")), 16)
+
+    def test_refuses_what_is_no_agreement(self) -> None:
+        changes: list[tuple[str, Callable[[str], str]]] = [
+            ("HTTP/1.1 200", lambda s: s.replace("101 Switching Protocols", "200 OK")),
+            ("upgrade", lambda s: s.replace("Upgrade: WebSocket", "Upgrade: h2c")),
+            ("Connection", lambda s: s.replace("upgrade\r", "close\r")),
+            ("Accept", lambda s: s.replace("=\r\n\r\n", "A=\r\n\r\n")),
+            (
+                "extension",
+                lambda s: s.replace(
+                    "\r\n\r\n", "\r\nSec-WebSocket-Extensions: x\r\n\r\n"
+                ),
+            ),
+            (
+                "subprotocol",
+                lambda s: s.replace(
+                    "\r\n\r\n", "\r\nSec-WebSocket-Protocol: x\r\n\r\n"
+                ),
+            ),
+            ("no HTTP", lambda s: "x" * 70_000),
+        ]
+        for name, change in changes:
+            with (
+                self.subTest(name),
+                self.assertRaisesRegex(ConnectionError, f"(?i){name}"),
+            ):
+                self.answer(change)
+
+    def test_headers_cannot_be_forged(self) -> None:
+        with self.assertRaises(ValueError):
+            client.WebSocket.connect("ws://127.0.0.1:1/ws", {"A": "b\r\nC: d"})
+
+    def test_urls(self) -> None:
+        cases = {
+            "localhost:8000": (False, "localhost", 8000, ""),
+            "http://a.example/": (False, "a.example", 80, ""),
+            "wss://a.example/some/path/": (True, "a.example", 443, "/some/path"),
+            "https://[::1]:9/x y": (True, "::1", 9, "/x%20y"),
+        }
+        for url, expected in cases.items():
+            self.assertEqual(client.split_url(url), expected)
+        for url in ("", "ftp://x", "http://", "http://x:99999"):
+            with self.assertRaises(ValueError):
+                client.split_url(url)
+
+
+# ---------------------------------------------------------------------------
+# Sessions, load and the end
+# ---------------------------------------------------------------------------
+
+
+class Counted(BenchmarkEnvironment):
+    """Counts its instances; steps for as long as its messages say."""
+
+    made = closed = 0
+    gate = threading.Event()
+
+    def __init__(self) -> None:
+        super().__init__()
+        type(self).made += 1
+
+    def step(
+        self, action: BenchmarkAction, timeout_s: float | None = None
+    ) -> BenchmarkObservation:
+        if action.message == "wait":
+            self.gate.wait(PATIENCE)
+        return super().step(action)
+
+    def close(self) -> None:
+        type(self).closed += 1
+        if self.state.episode_id == "close raises":
+            raise OSError("cannot close")
+
+
+class SessionTest(ServerCase):
+    def setUp(self) -> None:
+        Counted.made = Counted.closed = 0
+        Counted.gate = threading.Event()
+        self.small = serve(Counted, max_concurrent_envs=2)
+        self.addCleanup(self.small.stop)
+
+    def test_http_sessions(self) -> None:
+        a, b = {"X-Session-Id": "a"}, {"X-Session-Id": "b" * 255}
+        status, answer = self.http(
+            "POST", "/step", {"action": {"message": ""}}, a, self.small
+        )
+        self.assertEqual((status, "reset" in answer["detail"]), (404, True))
+        for session in (a, b):
+            self.http("POST", "/reset", {}, session, self.small)
+        for _ in range(3):
+            self.http("POST", "/step", {"action": {"message": ""}}, a, self.small)
+        steps = [
+            self.http("GET", "/state", None, s, self.small)[1]["step_count"]
+            for s in (a, b)
+        ]
+        self.assertEqual(steps, [3, 0])
+        for name in ("x" * 256, ""):
+            self.assertEqual(
+                self.http("GET", "/state", None, {"X-Session-Id": name}, self.small)[0],
+                422,
+            )
+        self.assertEqual(Counted.made, 2)
+
+    def test_requests_without_a_name_share_one_environment(self) -> None:
+        self.assertEqual(
+            self.http("GET", "/state", running=self.small)[1]["step_count"], 0
+        )
+        for step in (1, 2):
+            self.http("POST", "/step", {"action": {"message": "x"}}, running=self.small)
+            self.assertEqual(
+                self.http("GET", "/state", running=self.small)[1]["step_count"], step
+            )
+        self.assertEqual(self.http("POST", "/close", running=self.small)[0], 200)
+        self.assertEqual((Counted.made, Counted.closed), (1, 1))
+
+    def test_capacity_counts_both_transports(self) -> None:
+        first = self.peer(self.small).upgrade()
+        first.send(HELLO)
+        first.message()
+        self.http("POST", "/reset", {}, {"X-Session-Id": "s"}, self.small)
+        full = {"code": "CAPACITY_REACHED", "active_sessions": 2, "max_sessions": 2}
+        with self.peer(self.small).upgrade() as peer:
+            answer = peer.message()
+            self.assertEqual(answer["type"], "error")
+            self.assertLessEqual(full.items(), answer["data"].items())
+            self.assertEqual(peer.close_code(), 1013)
+        status, answer = self.http(
+            "POST", "/reset", {}, {"X-Session-Id": "t"}, self.small
+        )
+        self.assertEqual(status, 503)
+        self.assertLessEqual(full.items(), answer.items())
+        with (
+            BenchmarkEnvWS(self.small.url) as env,
+            self.assertRaises(client.ServerError) as caught,
+        ):
+            env.reset()
+        self.assertEqual(caught.exception.code, "CAPACITY_REACHED")
+        first.send(frame(8))
+        first.read_frame()
+        self.assertTrue(first.at_end())  # and by then its place is free
+        with BenchmarkEnvWS(self.small.url) as env:
+            env.reset()
+
+    def test_idle_sessions_end(self) -> None:
+        with (
+            constants(TICK_SECONDS=0.02),
+            serve(Counted, session_timeout=0.2) as running,
+        ):
+            ws = self.peer(running).upgrade()
+            self.http("POST", "/reset", {}, {"X-Session-Id": "s"}, running)
+            first, payload = ws.read_frame()
+            self.assertEqual((first, payload[:2]), (0x88, struct.pack("!H", 1001)))
+            wait_until(lambda: Counted.closed == 2, "the end of both sessions")
+            self.assertEqual(
+                self.http("GET", "/state", None, {"X-Session-Id": "s"}, running)[0], 404
+            )
+
+    def test_pings_are_answered_during_a_step(self) -> None:
+        with self.peer(self.small).upgrade() as peer:
+            peer.send(text_frame({"type": "step", "data": {"message": "wait"}}) + HELLO)
+            for payload in (b"1", b"2"):
+                peer.send(frame(9, payload))
+                self.assertEqual(peer.read_frame(), (0x8A, payload))
+            Counted.gate.set()
+            echoes = [
+                peer.message()["data"]["observation"]["echoed_message"]
+                for _ in range(2)
+            ]
+            self.assertEqual(echoes, ["wait", "hello"])
+
+    def test_environments_are_closed_exactly_once(self) -> None:
+        many = serve(Counted, max_concurrent_envs=100)
+        ends: list[Callable[[RawPeer], Any]] = [
+            lambda p: p.send(frame(8)),
+            lambda p: p.send(text_frame({"type": "close"})),
+            lambda p: p.send(b"\xff\xff"),
+            lambda p: p.sock.close(),
+            lambda p: p.sock.setsockopt(
+                socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
+            ),
+            lambda p: p.send(
+                text_frame({"type": "reset", "data": {"episode_id": "close raises"}})
+            ),
+        ]
+        for end in ends * 3:
+            with self.peer(many).upgrade() as peer:
+                peer.send(HELLO)
+                peer.message()
+                end(peer)
+        for i in range(3):
+            self.http("POST", "/reset", {}, {"X-Session-Id": str(i)}, many)
+        self.http("POST", "/close", {}, {"X-Session-Id": "0"}, many)
+        wait_until(lambda: len(many.app._sessions) == 2, "the end of the others")
+        many.stop()
+        self.assertEqual((Counted.made, Counted.closed), (21, 21))
+
+    def test_connections_cut_anywhere_leave_nothing(self) -> None:
+        chance = random.Random(3)
+        with serve(Counted, max_concurrent_envs=1000) as running:
+            handshake = (
+                f"GET /ws HTTP/1.1\r\nHost: 127.0.0.1:{running.server_port}\r\nUpgrade: websocket\r\n"
+                "Connection: Upgrade\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n"
+                "Sec-WebSocket-Version: 13\r\n\r\n"
+            ).encode()
+            post = (
+                b"POST /step HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+                b'Content-Length: 26\r\n\r\n{"action":{"message":"x"}}'
+            )
+            before = threading.active_count()
+            for i in range(300):
+                peer = RawPeer(running)
+                stream = handshake + HELLO * 3 + frame(8) if i % 2 else post * 2
+                peer.send(stream[: chance.randrange(len(stream))])
+                if i % 3 == 0:
+                    reset = struct.pack("ii", 1, 0)
+                    peer.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
+                peer.sock.close()
+            wait_until(lambda: not running.connections, "the end of all connections")
+            wait_until(
+                lambda: threading.active_count() <= before, "the end of their threads"
+            )
+            self.assertLessEqual(Counted.made - Counted.closed, 1)  # the shared one
+
+    def test_slow_peers_are_dropped(self) -> None:
+        post = "POST /step HTTP/1.1\nHOST\nContent-Type: application/json\nContent-Length: 26"
+        with (
+            constants(HEADER_SECONDS=0.3, IDLE_SECONDS=0.5, TICK_SECONDS=0.05),
+            serve() as running,
+        ):
+            silent, half, stalled, idle, ws = (self.peer(running) for _ in range(5))
+            half.send(b"GET / HT")
+            stalled.request(post, b'{"act')
+            idle.request("GET /health HTTP/1.1\nHOST")
+            ws.upgrade().send(HELLO[:5])
+            self.assertEqual(idle.response()[0], 200)
+            for peer in (silent, half, stalled, idle, ws):
+                self.assertTrue(peer.at_end())
+            wait_until(lambda: not running.connections)
+
+    def test_drip_of_bytes_does_not_hold_a_connection(self) -> None:
+        with constants(HEADER_SECONDS=0.3, TICK_SECONDS=0.05), serve() as running:
+            with self.peer(running) as peer, self.assertRaises(OSError):
+                peer.send(b"GET /health HTTP/1.1\r\nA: ")
+                for _ in range(1000):
+                    peer.send(b"x")
+                    time.sleep(0.01)
+
+    def test_peer_that_reads_nothing_is_dropped(self) -> None:
+        with (
+            constants(HEADER_SECONDS=0.3, TICK_SECONDS=0.05),
+            serve(Counted) as running,
+        ):
+            peer = self.peer(running).upgrade()
+            peer.sock.settimeout(5)
+            step = text_frame({"type": "step", "data": {"message": "x" * 1_000_000}})
+            with self.assertRaises(OSError):
+                for _ in range(100):
+                    peer.send(step)
+            wait_until(lambda: Counted.closed == Counted.made == 1)
+
+    def test_stop_answers_steps_in_progress(self) -> None:
+        idle = self.peer(self.small).upgrade()
+        busy = self.peer(self.small).upgrade()
+        busy.send(text_frame({"type": "step", "data": {"message": "wait"}}))
+        kept = self.peer(self.small)
+        self.assertEqual(kept.ask("GET /health HTTP/1.1\nHOST")[0], 200)
+        wait_until(lambda: Counted.made == 2)
+        stopping = threading.Thread(target=self.small.stop)
+        stopping.start()
+        self.assertEqual(idle.close_code(), 1001)
+        self.assertTrue(kept.at_end())
+        Counted.gate.set()
+        self.assertEqual(
+            busy.message()["data"]["observation"]["echoed_message"], "wait"
+        )
+        busy_frame = busy.read_frame()
+        self.assertEqual(busy_frame[1][:2], struct.pack("!H", 1001))
+        busy.send(frame(8, busy_frame[1]))
+        stopping.join(PATIENCE)
+        self.assertEqual((Counted.made, Counted.closed), (2, 2))
+        with self.assertRaises(OSError):
+            socket.create_connection(("127.0.0.1", self.small.server_port), 1)
+
+    def test_stop_does_not_wait_for_a_stuck_step(self) -> None:
+        with constants(GRACE_SECONDS=0.2):
+            stuck = self.peer(self.small).upgrade()
+            stuck.send(text_frame({"type": "step", "data": {"message": "wait"}}))
+            wait_until(lambda: Counted.made == 1)
+            began = time.monotonic()
+            self.small.stop()
+            self.assertLess(time.monotonic() - began, 3)
+            self.assertEqual(Counted.closed, 1)
+            Counted.gate.set()
+
+    def test_many_threads_on_both_transports(self) -> None:
+        def play(number: int) -> list[Any]:
+            client_cls = BenchmarkEnvWS if number % 2 else BenchmarkEnv
+            with client_cls(self.running.url) as env:
+                env.reset(episode_id=f"e{number}")
+                found = []
+                for step in range(1, 16):
+                    result = env.step(BenchmarkAction(f"{number}:{step}"))
+                    found.append(
+                        (
+                            result.observation.echoed_message,
+                            result.observation.metadata["step"],
+                        )
+                    )
+                state = env.state()
+                return [*found, state.episode_id, state.step_count]
+
+        with ThreadPoolExecutor(24) as pool:
+            for number, found in enumerate(pool.map(play, range(48))):
+                expected = [(f"{number}:{step}", step) for step in range(1, 16)]
+                self.assertEqual(found, [*expected, f"e{number}", 15])
+
+    def test_log_cannot_be_forged(self) -> None:
+        logging.disable(logging.NOTSET)
+        with self.assertLogs("openenv", "INFO") as logs:
+            self.http("POST", "/reset", {}, {"X-Session-Id": "a\x9b[31m\xff"})
+            with self.peer() as peer:
+                peer.ask("GET /\x80%0aINFO\x9b HTTP/1.1\nHOST")
+        logging.disable(logging.CRITICAL)
+        self.assertEqual(len(logs.output), 3)
+        for line in logs.output:
+            self.assertTrue(line.isascii() and line.isprintable(), line)
+
+
+class AppTest(unittest.TestCase):
+    def test_instance_is_refused(self) -> None:
+        with self.assertRaisesRegex(TypeError, "pass the class"):
+            serve(BenchmarkEnvironment())  # type: ignore[arg-type]
+
+    def test_unsafe_concurrency_is_refused(self) -> None:
+        class Single(BenchmarkEnvironment):
+            SUPPORTS_CONCURRENT_SESSIONS = False
+
+        with self.assertRaisesRegex(ValueError, "SUPPORTS_CONCURRENT_SESSIONS"):
+            serve(Single, max_concurrent_envs=2)
+        with self.assertRaises(ValueError):
+            serve(max_concurrent_envs=0)
+        app = server.create_app(Single, BenchmarkAction, BenchmarkObservation)
+        self.assertEqual(app.max_concurrent_envs, 1)
+        app = server.create_app(
+            BenchmarkEnvironment, BenchmarkAction, BenchmarkObservation, "name"
+        )
+        self.assertEqual(
+            (app.max_concurrent_envs, app.metadata["name"]), (1000, "name")
+        )
+
+    def test_asynchronous_environment(self) -> None:
+        class Async(BenchmarkEnvironment):
+            async def reset_async(self, **kwargs: Any) -> BenchmarkObservation:
+                self.lock = asyncio.Lock()
+                self.given = kwargs
+                return self.reset(episode_id=kwargs.get("episode_id"))
+
+            async def step_async(self, action: BenchmarkAction) -> BenchmarkObservation:
+                async with self.lock:
+                    await asyncio.sleep(0)
+                observation = self.step(action)
+                observation.metadata.update(self.given)
+                return observation
+
+        with serve(Async) as running:
+            for cls in (BenchmarkEnvWS, BenchmarkEnv):
+                with cls(running.url) as env:
+                    env.reset(seed=5, level="hard")
+                    result = env.step(BenchmarkAction("x"))
+                    self.assertEqual(
+                        result.observation.metadata,
+                        {"step": 1, "seed": 5, "level": "hard"},
+                    )
+
+
+# ---------------------------------------------------------------------------
+# The clients
+# ---------------------------------------------------------------------------
+
+
+class ClientTest(ServerCase):
+    def test_both_clients(self) -> None:
+        for cls in (BenchmarkEnvWS, BenchmarkEnv):
+            for url in (
+                self.running.url,
+                self.running.url[7:] + "/",
+                self.running.url.replace("http", "ws"),
+            ):
+                with self.subTest(cls=cls, url=url), cls(url) as env:
+                    first = env.reset(seed=1, episode_id="e")
+                    self.assertIsInstance(first, StepResult)
+                    self.assertEqual(
+                        first.observation.echoed_message, "Benchmark environment ready!"
+                    )
+                    for message in ("", "x" * 127, "y" * 65_537, "𝄞 ünï", "\ud800"):
+                        result = env.step(BenchmarkAction(message), timeout_s=3)
+                        self.assertEqual(result.observation.echoed_message, message)
+                        self.assertEqual(
+                            (result.reward, result.done), (len(message) / 10, False)
+                        )
+                    self.assertEqual(env.state(), BenchmarkState("e", 5))
+                    env.close()
+                    env.close()
+        self.assertEqual(self.http("GET", "/health")[0], 200)
+
+    def test_generic_clients_take_and_give_dicts(self) -> None:
+        clients: list[type[client.EnvClient[Any, Any, Any]]]
+        clients = [client.HTTPEnvClient, client.WebSocketEnvClient]
+        for cls in clients:
+            with cls(self.running.url) as env:
+                env.reset()
+                result = env.step({"message": "Hi"})
+                self.assertEqual(result.observation["echoed_message"], "Hi")
+                self.assertEqual(env.state()["step_count"], 1)
+                with self.assertRaises(RuntimeError) as caught:
+                    env.step({"mesage": "Hi"})
+                error = caught.exception
+                assert isinstance(error, client.ServerError)
+                self.assertEqual(error.code, "VALIDATION_ERROR")
+                self.assertRegex(
+                    str(error), r"^Server error: .*\(code: VALIDATION_ERROR\)$"
+                )
+                self.assertEqual(
+                    [f["type"] for f in error.errors], ["missing", "extra_forbidden"]
+                )
+                self.assertEqual(env.state()["step_count"], 1)
+
+    def test_http_client_has_a_session_of_its_own(self) -> None:
+        with (
+            BenchmarkEnv(self.running.url) as one,
+            BenchmarkEnv(self.running.url) as two,
+        ):
+            with self.assertRaisesRegex(client.ServerError, "reset"):
+                one.step(BenchmarkAction("too early"))
+            one.reset()
+            two.reset()
+            one.step(BenchmarkAction("x"))
+            self.assertEqual((one.state().step_count, two.state().step_count), (1, 0))
+        wait_until(lambda: not self.running.app._sessions)
+
+    def test_lost_connection_is_said_and_not_repaired(self) -> None:
+        running = serve()
+        env = BenchmarkEnvWS(running.url).connect()
+        env.reset()
+        running.stop()
+        for _ in range(3):
+            with self.assertRaises(ConnectionError):
+                env.step(BenchmarkAction("x"))
+        with serve() as second:
+            env._url = f"ws{second.url[4:]}/ws"
+            with self.assertRaisesRegex(
+                ConnectionError, "connect\\(\\) begins a new session"
+            ):
+                env.reset()
+            env.connect()
+            env.reset()
+            env.disconnect()
+            with self.assertRaises(ConnectionError):
+                env.state()
+            env.close()
+
+    def test_late_answer_is_never_taken_for_the_next(self) -> None:
+        Counted.gate = threading.Event()
+        with serve(Counted) as running:
+            env = BenchmarkEnvWS(running.url, message_timeout_s=0.1)
+            env.reset()
+            with self.assertRaises(TimeoutError):
+                env.step(BenchmarkAction("wait"))
+            Counted.gate.set()
+            with self.assertRaises(ConnectionError):
+                env.step(BenchmarkAction("next"))
+            slow = BenchmarkEnv(running.url, request_timeout_s=0.1)
+            slow.reset()
+            Counted.gate.clear()
+            with self.assertRaises(TimeoutError):
+                slow.step(BenchmarkAction("wait"))
+            Counted.gate.set()
+
+    def test_answers_that_make_no_sense(self) -> None:
+        class Answers(server.Session):
+            said = ""
+
+            def answer(self, text: str | bytes) -> str | None:
+                return self.said
+
+        for said in (
+            "nonsense",
+            "[]",
+            '{"type":"state","data":{}}',
+            '{"type":"observation","data":5}',
+            '{"type":"observation","data":{}}',
+        ):
+            with mock.patch.object(server, "Session", Answers), self.subTest(said):
+                Answers.said = said
+                env = BenchmarkEnvWS(self.running.url)
+                with self.assertRaises(ConnectionError):
+                    env.reset()
+                env.close()
+
+    def test_idle_client_answers_pings(self) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            env = BenchmarkEnvWS(f"127.0.0.1:{listener.getsockname()[1]}")
+            pool = ThreadPoolExecutor(1)
+            connecting = pool.submit(env.connect)
+            sock, _ = listener.accept()
+            sock.settimeout(PATIENCE)
+            key = re.search("Key: (.+)\r\n", sock.recv(65536).decode())
+            sock.sendall(
+                b"HTTP/1.1 101 X\r\nUpgrade: websocket\r\nConnection: upgrade\r\n"
+                + f"Sec-WebSocket-Accept: {client.accept_key(key[1] if key else '')}\r\n\r\n".encode()
+            )
+            connecting.result(PATIENCE)
+            answering = pool.submit(env.state)
+            sock.recv(65536)
+            # One ping comes in the packet of the answer, one a little later.
+            sock.sendall(
+                frame(1, b'{"type":"state","data":{}}', masked=False)
+                + frame(9, b"a", masked=False)
+            )
+            answering.result(PATIENCE)
+            self.assertEqual(sock.recv(65536)[:2], b"\x8a\x81")
+            sock.sendall(frame(9, b"bc", masked=False))
+            self.assertEqual(sock.recv(65536)[:2], b"\x8a\x82")
+            # An answer nobody asked for is not taken for the next one.
+            sock.sendall(
+                frame(1, b'{"type":"state","data":{"step_count":9}}', masked=False)
+            )
+            wait_until(lambda: env._ws and env._ws.unread)
+            with self.assertRaises(ConnectionError):
+                env.state()
+            sock.close()
+            env.close()
+            pool.shutdown()
+
+    def test_threads_may_share_a_client(self) -> None:
+        for cls in (BenchmarkEnvWS, BenchmarkEnv):
+            with cls(self.running.url) as env, ThreadPoolExecutor(8) as pool:
+                env.reset()
+
+                def step(number: int, env: Any = env) -> bool:
+                    result = env.step(BenchmarkAction(str(number)))
+                    return bool(result.observation.echoed_message == str(number))
+
+                self.assertTrue(all(pool.map(step, range(100))))
+                self.assertEqual(env.state().step_count, 100)
+
+    @unittest.skipUnless(hasattr(os, "fork"), "this system has no fork")
+    def test_client_does_not_survive_a_fork(self) -> None:
+        code = textwrap.dedent(f"""
+            import os, warnings
+            from benchmark import *
+            warnings.simplefilter("ignore")
+            envs = [BenchmarkEnvWS("{self.running.url}").connect(), BenchmarkEnv("{self.running.url}")]
+            for env in envs:
+                env.reset()
+            if os.fork() == 0:
+                for env in envs:
+                    try:
+                        env.state()
+                    except ConnectionError as error:
+                        print("fork" in str(error), flush=True)
+                    env.close()
+                with BenchmarkEnvWS("{self.running.url}") as env:
+                    print(env.reset().reward, flush=True)
+                os._exit(0)
+            os.wait()
+            print([env.state().step_count for env in envs])
+            for env in envs:
+                env.close()
+        """)
+        done = run("-c", code)
+        self.assertEqual(done.stdout, "True\nTrue\n0.0\n[0, 0]\n", done.stderr)
+
+    def test_default_headers_and_proxies(self) -> None:
+        seen: list[str] = []
+        handler = server.Handler._check_origin
+
+        def spy(self: server.Handler) -> None:
+            seen.append(self.fields.get("authorization", ""))
+            handler(self)
+
+        proxies = {
+            "http_proxy": "http://127.0.0.1:9",
+            "all_proxy": "http://127.0.0.1:9",
+        }
+        with (
+            mock.patch.object(server.Handler, "_check_origin", spy),
+            mock.patch.dict(os.environ, proxies),
+        ):
+            headers = {"Authorization": "Bearer secret"}
+            with BenchmarkEnv(self.running.url, default_headers=headers) as over_http:
+                over_http.reset()
+            with BenchmarkEnvWS(self.running.url, default_headers=headers) as ws:
+                ws.reset()
+        self.assertEqual(seen, ["Bearer secret"] * 3)
+
+    def test_unreachable_server(self) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            url = f"127.0.0.1:{listener.getsockname()[1]}"
+            with self.assertRaisesRegex(ConnectionError, "within 0.05 s"):
+                BenchmarkEnvWS(url, connect_timeout_s=0.05).connect()
+        for cls in (BenchmarkEnvWS, BenchmarkEnv):
+            with self.assertRaises(ConnectionError):
+                cls(url).reset()
+
+    def test_trace(self) -> None:
+        lines: list[str] = []
+        with BenchmarkEnvWS(self.running.url, trace=lines.append) as ws:
+            ws.reset()
+            ws.step(BenchmarkAction("x" * 1000))
+        text = "\n".join(lines)
+        self.assertIn("-> GET /ws HTTP/1.1", text)
+        self.assertIn("<- HTTP/1.1 101 Switching Protocols", text)
+        self.assertIn("-> FIN=1 opcode=0x1 (text) MASK=1 length=26  ", text)
+        self.assertIn("<- FIN=1 opcode=0x8 (close) MASK=0 length=2  1000", text)
+        self.assertLess(max(map(len, lines)), 300)
+        lines.clear()
+        with BenchmarkEnv(self.running.url, trace=lines.append) as over_http:
+            over_http.reset()
+        self.assertIn("-> POST /reset HTTP/1.1", lines)
+        self.assertIn("<- HTTP/1.1 200 OK", lines)
+
+
+# ---------------------------------------------------------------------------
+# The command lines
+# ---------------------------------------------------------------------------
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """What a command of ours needs of this process's environment."""
+    kept = {k: v for k, v in os.environ.items() if k not in ("PORT", "SPACE_HOST")}
+    return {**kept, "PYTHONUNBUFFERED": "1", **extra}
+
+
+def run(*arguments: str, cwd: Path = HERE) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *arguments]
+    return subprocess.run(
+        command,
+        cwd=cwd,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+class Command:
+    """A server in a process of its own, as ``python3 server.py`` starts it."""
+
+    def __init__(self, *arguments: str, cwd: Path = HERE, **env: str) -> None:
+        command = [sys.executable, str(HERE / "server.py"), *arguments]
+        self.process = subprocess.Popen(
+            command,
+            cwd=cwd,
+            env=environment(**env),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self.url = self.next_url()
+
+    def next_url(self) -> str:
+        assert self.process.stdout
+        self.line = self.process.stdout.readline()
+        found = re.search(r"http://\S+?:\d+", self.line)
+        return found[0] if found else ""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.process.terminate()
+        self.errors = self.process.communicate(timeout=PATIENCE)[1]
+
+
+class CommandLineTest(unittest.TestCase):
+    def test_server_says_where_it_is(self) -> None:
+        with Command("--port", "0") as command:
+            self.assertIn(f"{command.url}/web", command.line)
+            self.assertIn(f"{command.url}/docs", command.line)
+            with BenchmarkEnvWS(command.url) as env:
+                self.assertEqual(env.reset().reward, 0.0)
+        self.assertEqual(command.process.returncode, 0)
+        self.assertRegex(
+            command.errors, r"session ws-1 opened\n.*session ws-1 closed after 0 steps"
+        )
+        with Command(PORT="0") as command:
+            self.assertTrue(command.url)
+
+    def test_mistakes_are_one_line_and_code_2(self) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as busy:
+            cases = [
+                (("server.py", "--port", str(busy.getsockname()[1])), "in use"),
+                (("server.py", "--port", "x"), "invalid int"),
+                (("server.py", "--port", "99999"), "port"),
+                (("server.py", "--host", "no.such.host.invalid"), "cannot listen"),
+                (("server.py", "--env", "nothing:Here"), "nothing"),
+                (("server.py", "--env", "benchmark"), "module:Class"),
+                (("server.py", "--env", "benchmark:Missing"), "no class Missing"),
+                (("server.py", "--env", "benchmark:BenchmarkAction"), "type hints"),
+                (("server.py", "--max-concurrent-envs", "0"), "at least 1"),
+                (("server.py", "--nonsense"), "--nonsense"),
+                (("server.py", "--log-level", "loud"), "loud"),
+                (("client.py",), "messages"),
+                (("client.py", "--url", "127.0.0.1:1", "x"), "cannot connect"),
+                (("client.py", "--bench", "0"), "above 0"),
+            ]
+            for arguments, words in cases:
+                with self.subTest(arguments=arguments):
+                    done = run(*arguments)
+                    self.assertEqual((done.returncode, done.stdout), (2, ""))
+                    self.assertEqual(done.stderr.count("\n"), 1, done.stderr)
+                    self.assertIn(words, done.stderr)
+
+    def test_help_and_version(self) -> None:
+        for program in ("server.py", "client.py"):
+            self.assertEqual(
+                run(program, "--version").stdout, f"{program} {benchmark.__version__}\n"
+            )
+            self.assertIn("--", run(program, "--help").stdout)
+
+    def test_client_shows_the_whole_thing(self) -> None:
+        expected = "'Hello' length 5 reward 0.5\n'World' length 5 reward 0.5\n"
+        for options in ((), ("--http",)):
+            done = run("client.py", "Hello", "World", *options)
+            self.assertEqual(
+                (done.returncode, done.stdout, done.stderr), (0, expected, "")
+            )
+        done = run("client.py", "--trace", "Hello")
+        self.assertIn("-> GET /ws HTTP/1.1", done.stderr)
+
+    def test_benchmark(self) -> None:
+        for options in (
+            (),
+            ("--sessions", "3"),
+            ("--http", "--sessions", "2", "--size", "70000"),
+        ):
+            done = run("client.py", "--bench", "0.2", "--json", *options)
+            result = json.loads(done.stdout)
+            self.assertEqual((done.returncode, result["errors"]), (0, 0))
+            self.assertGreater(result["steps_per_second"], 0)
+            self.assertLessEqual(result["p50_ms"], result["p99_ms"])
+        self.assertIn("steps_per_second", run("client.py", "--bench", "0.1").stdout)
+
+    def test_environment_of_ones_own(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            Path(folder, "my_env.py").write_text(
+                "from benchmark import *\nclass Mine(BenchmarkEnvironment):\n"
+                "    SUPPORTS_CONCURRENT_SESSIONS = False\n"
+                "    def step(self, action: BenchmarkAction) -> BenchmarkObservation:\n"
+                "        return BenchmarkObservation(echoed_message='mine')\n"
+            )
+            with (
+                Command(
+                    "--port", "0", "--env", "my_env:Mine", cwd=Path(folder)
+                ) as command,
+                BenchmarkEnvWS(command.url) as env,
+            ):
+                self.assertEqual(
+                    env.step(BenchmarkAction("x")).observation.echoed_message,
+                    "mine",
+                )
+                with (
+                    BenchmarkEnv(command.url) as second,
+                    self.assertRaises(client.ServerError),
+                ):
+                    second.reset()
+
+    @unittest.skipIf(os.name == "nt", "Windows has no such signals")
+    def test_signals(self) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            with Command("--port", "0") as command:
+                with BenchmarkEnvWS(command.url) as env:
+                    env.reset()
+                    command.process.send_signal(number)
+                    self.assertEqual(command.process.wait(PATIENCE), 0)
+                    with self.assertRaisesRegex(ConnectionError, "1001|broke|refused"):
+                        env.step(BenchmarkAction("x"))
+            self.assertNotIn("Traceback", command.errors)
+
+    @unittest.skipIf(os.name == "nt", "Windows has no such signals")
+    def test_second_interrupt_exits_at_once(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            Path(folder, "stuck.py").write_text(
+                "import time\nfrom benchmark import *\nclass Stuck(BenchmarkEnvironment):\n"
+                "    def step(self, action: BenchmarkAction) -> BenchmarkObservation:\n"
+                "        print('stuck', flush=True)\n        time.sleep(60)\n        return 0\n"
+            )
+            for signals, code in ((1, 0), (2, -signal.SIGINT)):
+                with Command(
+                    "--port", "0", "--env", "stuck:Stuck", cwd=Path(folder)
+                ) as command:
+                    ws = client.WebSocket.connect(f"{command.url}/ws")
+                    ws.send('{"type":"step","data":{"message":""}}')
+                    assert command.process.stdout
+                    command.process.stdout.readline()
+                    began = time.monotonic()
+                    for _ in range(signals):
+                        command.process.send_signal(signal.SIGINT)
+                        time.sleep(0.5)  # two at once would count as one
+                    self.assertEqual(command.process.wait(PATIENCE), code)
+                    self.assertLess(time.monotonic() - began, 5.5)
+                    ws.drop()
+
+    def test_reload(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            source = Path(folder, "fresh.py")
+
+            def write(word: str) -> None:
+                source.write_text(
+                    "from benchmark import *\nclass Fresh(BenchmarkEnvironment):\n"
+                    "    def step(self, action: BenchmarkAction) -> BenchmarkObservation:\n"
+                    f"        return BenchmarkObservation(echoed_message={word})\n"
+                )
+                os.utime(
+                    source, (time.time(), time.time() + len(word))
+                )  # surely another
+
+            def echo() -> str:
+                with BenchmarkEnvWS(command.url) as env:
+                    return env.step(BenchmarkAction("x")).observation.echoed_message
+
+            write("'one'")
+            with Command(
+                "--port", "0", "--env", "fresh:Fresh", "--reload", cwd=Path(folder)
+            ) as command:
+                self.assertEqual(echo(), "one")
+                write("'broken")
+                assert command.process.stderr
+                while "--env fresh" not in (line := command.process.stderr.readline()):
+                    self.assertNotEqual(line, "")
+                write("'threefold'")
+                command.url = command.next_url()
+                self.assertEqual(echo(), "threefold")
+            self.assertEqual(command.process.returncode, 0)
