@@ -1506,9 +1506,10 @@ class SessionTest(ServerCase):
             wait_until(lambda: not running.connections)
 
     def test_drip_of_bytes_does_not_hold_a_connection(self) -> None:
-        with constants(HEADER_SECONDS=0.3, TICK_SECONDS=0.05), serve() as running:
-            with self.peer(running) as peer, self.assertRaises(OSError):
-                peer.send(b"GET /health HTTP/1.1\r\nA: ")
+        short = constants(HEADER_SECONDS=0.3, TICK_SECONDS=0.05)
+        with short, serve() as running, self.peer(running) as peer:
+            peer.send(b"GET /health HTTP/1.1\r\nA: ")
+            with self.assertRaises(OSError):
                 for _ in range(1000):
                     peer.send(b"x")
                     time.sleep(0.01)
@@ -2038,13 +2039,12 @@ class CommandLineTest(unittest.TestCase):
     @unittest.skipIf(os.name == "nt", "Windows has no such signals")
     def test_signals(self) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
-            with Command("--port", "0") as command:
-                with BenchmarkEnvWS(command.url) as env:
-                    env.reset()
-                    command.process.send_signal(number)
-                    self.assertEqual(command.process.wait(PATIENCE), 0)
-                    with self.assertRaisesRegex(ConnectionError, "1001|broke|refused"):
-                        env.step(BenchmarkAction("x"))
+            with Command("--port", "0") as command, BenchmarkEnvWS(command.url) as env:
+                env.reset()
+                command.process.send_signal(number)
+                self.assertEqual(command.process.wait(PATIENCE), 0)
+                with self.assertRaisesRegex(ConnectionError, "1001|broke|refused"):
+                    env.step(BenchmarkAction("x"))
             self.assertNotIn("Traceback", command.errors)
 
     @unittest.skipIf(os.name == "nt", "Windows has no such signals")
@@ -2102,3 +2102,131 @@ class CommandLineTest(unittest.TestCase):
                 command.url = command.next_url()
                 self.assertEqual(echo(), "threefold")
             self.assertEqual(command.process.returncode, 0)
+
+
+# ---------------------------------------------------------------------------
+# The other implementation
+# ---------------------------------------------------------------------------
+
+OPENENV = os.environ.get("OPENENV_PYTHON", "")  # a Python that has openenv-core 0.3.0
+
+
+@unittest.skipUnless(OPENENV, "set OPENENV_PYTHON to a Python with openenv-core 0.3.0")
+class InteroperationTest(unittest.TestCase):
+    """openenv-core's clients against this server, this project's clients against its."""
+
+    folder: Path
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        folder = tempfile.TemporaryDirectory()
+        cls.addClassCleanup(folder.cleanup)
+        cls.folder = Path(folder.name)
+        cls.openenv(
+            "-m",
+            "openenv.cli",
+            "init",
+            "benchmark",
+            "--output-dir",
+            str(cls.folder / "peer"),
+        )
+
+    @classmethod
+    def openenv(cls, *arguments: str) -> str:
+        done: subprocess.CompletedProcess[str] = subprocess.run(
+            [OPENENV, *arguments],
+            cwd=cls.folder,
+            env=environment(),
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        if done.returncode:
+            raise AssertionError(done.stderr + done.stdout)
+        return done.stdout
+
+    def test_its_clients_against_this_server(self) -> None:
+        code = textwrap.dedent("""
+            import asyncio, sys
+            sys.path.insert(0, "peer")
+            from benchmark.client import BenchmarkEnv
+            from benchmark.models import BenchmarkAction
+            from openenv.core.generic_client import GenericEnvClient
+            async def play():
+                async with BenchmarkEnv(base_url=sys.argv[1]) as env:
+                    await env.reset(seed=1, episode_id="e1")
+                    for message in ("Hi", "", "x" * 200_000, "𝄞"):
+                        result = await env.step(BenchmarkAction(message=message))
+                        assert result.observation.echoed_message == message
+                        assert result.reward == len(message) / 10
+                    state = await env.state()
+                    assert (state.episode_id, state.step_count) == ("e1", 4), state
+            asyncio.run(play())
+            with GenericEnvClient(base_url=sys.argv[1]).sync() as env:
+                env.reset()
+                assert env.step({"message": "Hi"}).observation["message_length"] == 2
+                try:
+                    env.step({"mesage": "Hi"})
+                except RuntimeError as error:
+                    assert "(code: VALIDATION_ERROR)" in str(error), error
+            print("played")
+        """)
+        with serve() as running:
+            self.assertEqual(self.openenv("-c", code, running.url), "played\n")
+            report = json.loads(
+                self.openenv("-m", "openenv.cli", "validate", "--url", running.url)
+            )
+        self.assertTrue(report["passed"], report)
+        self.assertEqual(report["summary"]["failed_criteria"], [])
+
+    def test_these_clients_against_its_server(self) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        command = [
+            OPENENV,
+            "-m",
+            "uvicorn",
+            "benchmark.server.app:app",
+            "--port",
+            str(port),
+        ]
+        process = subprocess.Popen(
+            command,
+            cwd=self.folder / "peer",
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        self.addCleanup(process.wait)
+        self.addCleanup(process.terminate)
+        url = f"127.0.0.1:{port}"
+
+        def healthy() -> bool:
+            connection = http.client.HTTPConnection(url, timeout=PATIENCE)
+            with contextlib.closing(connection), contextlib.suppress(OSError):
+                connection.request("GET", "/health")
+                return True
+            return False
+
+        wait_until(healthy, "the health of openenv-core's server")
+        with BenchmarkEnvWS(url) as ws:
+            ws.reset()
+            for message in ("Hi", "", "𝄞" * 70_000):
+                result = ws.step(BenchmarkAction(message))
+                self.assertEqual(result.observation.echoed_message, message)
+                self.assertAlmostEqual(result.reward or 0.0, len(message) / 10)
+            self.assertEqual(ws.state().step_count, 3)
+            with self.assertRaisesRegex(RuntimeError, "VALIDATION_ERROR"):
+                ws.step({"mesage": "x"})  # type: ignore[arg-type]
+        with BenchmarkEnv(
+            url
+        ) as over_http:  # which makes an environment for each request
+            self.assertEqual(over_http.reset().reward, 0.0)
+            self.assertEqual(over_http.step(BenchmarkAction("Hi")).reward, 0.2)
+            self.assertEqual(over_http.state().step_count, 0)
+            with self.assertRaisesRegex(RuntimeError, "VALIDATION_ERROR"):
+                over_http.step({"mesage": "x"})  # type: ignore[arg-type]
+
+
+if __name__ == "__main__":
+    unittest.main()
