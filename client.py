@@ -437,7 +437,8 @@ class WebSocket:
 
     def _take(self, frame: _Frame, size: int) -> bytes:
         """Take ``size`` payload bytes of ``frame`` off the buffer, unmasked."""
-        data = bytes(self._buffer[:size])
+        with memoryview(self._buffer) as view:  # copies once, not twice
+            data = bytes(view[:size])
         del self._buffer[:size]
         frame.left -= size
         if frame.key:
@@ -522,9 +523,10 @@ class WebSocket:
                 self._unsent = frame
                 self._unsent = frame[self._sock.send(frame, self._nowait) :]
                 return
+            view = memoryview(frame)
             for start in range(0, len(frame), _SEND_SIZE):
                 self._sending_since = time.monotonic()
-                self._sock.sendall(frame[start : start + _SEND_SIZE])
+                self._sock.sendall(view[start : start + _SEND_SIZE])
             self._sending_since = None
         except _WOULD_BLOCK:
             if wait:

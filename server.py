@@ -30,6 +30,7 @@ import ipaddress
 import itertools
 import json
 import logging
+import operator
 import os
 import re
 import socket
@@ -156,104 +157,57 @@ def _type_schema(kind: Any) -> dict[str, Any]:
         }
     if origin in (list, tuple, set, frozenset):
         items = _type_schema(arguments[0]) if arguments else {}
-        unique = {"uniqueItems": True} if origin in (set, frozenset) else {}
-        return {"type": "array", "items": items, **unique}
+        return {"type": "array", "items": items}
     raise TypeError(
         f"{kind!r} has no JSON Schema here: use plain types, enums, dataclasses"
     )
 
 
-_TYPE_FAULTS = {
-    "string": ("string_type", "Input should be a valid string"),
-    "integer": ("int_type", "Input should be a valid integer"),
-    "number": ("float_type", "Input should be a valid number"),
-    "boolean": ("bool_type", "Input should be a valid boolean"),
-    "null": ("none_required", "Input should be null"),
-    "object": ("dict_type", "Input should be a valid dictionary"),
-    "array": ("list_type", "Input should be a valid list"),
+def _rows(table: str) -> Iterator[list[str]]:
+    for line in table.strip().splitlines():
+        yield [cell.strip() for cell in line.split("|")]
+
+
+def _is_integer(value: Any) -> bool:  # to JSON, 1.0 is the number 1
+    return type(value) is int or (type(value) is float and value.is_integer())
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) is float or (
+        type(value) is int and abs(value) <= sys.float_info.max
+    )
+
+
+# What must hold for each type, and the fault if it does not.
+_TYPES: dict[str, tuple[Callable[[Any], bool], str, str]] = {
+    "string": (lambda v: isinstance(v, str), "string_type", "a valid string"),
+    "integer": (_is_integer, "int_type", "a valid integer"),
+    "number": (_is_number, "float_type", "a valid number"),
+    "boolean": (lambda v: isinstance(v, bool), "bool_type", "a valid boolean"),
+    "null": (lambda v: v is None, "none_required", "null"),
+    "object": (lambda v: isinstance(v, dict), "dict_type", "a valid dictionary"),
+    "array": (lambda v: isinstance(v, list), "list_type", "a valid list"),
 }
-_TYPE_CHECKS: dict[str, Callable[[Any], bool]] = {
-    "string": lambda value: isinstance(value, str),
-    "integer": lambda value: (
-        type(value) is int or (type(value) is float and value.is_integer())
-    ),  # JSON: 1.0 is the number 1
-    "number": lambda value: (
-        type(value) is float
-        or (type(value) is int and abs(value) <= sys.float_info.max)
-    ),
-    "boolean": lambda value: isinstance(value, bool),
-    "null": lambda value: value is None,
-    "object": lambda value: isinstance(value, dict),
-    "array": lambda value: isinstance(value, list),
+# Keyword | what is compared with its value | how | the fault | its message
+_BOUNDS = {
+    keyword: row
+    for keyword, *row in _rows("""
+minimum          | number | ge | greater_than_equal | Input should be greater than or equal to {}
+exclusiveMinimum | number | gt | greater_than       | Input should be greater than {}
+maximum          | number | le | less_than_equal    | Input should be less than or equal to {}
+exclusiveMaximum | number | lt | less_than          | Input should be less than {}
+minLength        | str    | ge | string_too_short   | String should have at least {} characters
+maxLength        | str    | le | string_too_long    | String should have at most {} characters
+minItems         | list   | ge | too_short          | List should have at least {} items
+maxItems         | list   | le | too_long           | List should have at most {} items
+""")
 }
-# Keyword, the values it applies to, what must hold, and the fault if it does not.
-_BOUNDS: list[tuple[str, tuple[type, ...], Callable[[Any, Any], Any], str, str]] = [
-    (
-        "minimum",
-        (int, float),
-        lambda v, b: v >= b,
-        "greater_than_equal",
-        "Input should be greater than or equal to {}",
-    ),
-    (
-        "exclusiveMinimum",
-        (int, float),
-        lambda v, b: v > b,
-        "greater_than",
-        "Input should be greater than {}",
-    ),
-    (
-        "maximum",
-        (int, float),
-        lambda v, b: v <= b,
-        "less_than_equal",
-        "Input should be less than or equal to {}",
-    ),
-    (
-        "exclusiveMaximum",
-        (int, float),
-        lambda v, b: v < b,
-        "less_than",
-        "Input should be less than {}",
-    ),
-    (
-        "minLength",
-        (str,),
-        lambda v, b: len(v) >= b,
-        "string_too_short",
-        "String should have at least {} characters",
-    ),
-    (
-        "maxLength",
-        (str,),
-        lambda v, b: len(v) <= b,
-        "string_too_long",
-        "String should have at most {} characters",
-    ),
-    (
-        "pattern",
-        (str,),
-        lambda v, b: re.search(b, v),
-        "string_pattern_mismatch",
-        "String should match pattern '{}'",
-    ),
-    (
-        "minItems",
-        (list,),
-        lambda v, b: len(v) >= b,
-        "too_short",
-        "List should have at least {} items",
-    ),
-    (
-        "maxItems",
-        (list,),
-        lambda v, b: len(v) <= b,
-        "too_long",
-        "List should have at most {} items",
-    ),
-]
 
 Loc = tuple[Any, ...]  # of str and int: the path to a value
+
+
+def _fault(kind: str, msg: str, loc: Loc, value: Any) -> dict[str, Any]:
+    return {"type": kind, "loc": list(loc), "msg": msg, "input": value}
 
 
 def validate(schema: Mapping[str, Any], value: Any, loc: Loc) -> list[dict[str, Any]]:
@@ -262,62 +216,67 @@ def validate(schema: Mapping[str, Any], value: Any, loc: Loc) -> list[dict[str, 
     A fault is ``{"type", "loc", "msg", "input"}``; ``loc`` is the path to it. What
     `json_schema` emits is understood, no more of JSON Schema.
     """
-
-    def fault(kind: str, msg: str, at: Loc = loc, given: Any = value) -> dict[str, Any]:
-        return {"type": kind, "loc": list(at), "msg": msg, "input": given}
-
+    kind = schema.get("type")
+    if kind is not None:
+        holds, name, words = _TYPES[kind]
+        if not holds(value):
+            return [_fault(name, f"Input should be {words}", loc, value)]
+    found = []
+    for keyword in schema:
+        if keyword in _BOUNDS:
+            found += _out_of_bounds(keyword, schema[keyword], value, loc)
     if "anyOf" in schema:
         tries = [validate(member, value, loc) for member in schema["anyOf"]]
         if all(tries):
             members = zip(schema["anyOf"], tries)
-            return [f for m, found in members if m != {"type": "null"} for f in found]
+            return [f for m, faults in members if m != {"type": "null"} for f in faults]
     if "enum" in schema and not any(
-        value == m and type(value) is type(m) for m in schema["enum"]
+        value == member and isinstance(value, bool) is isinstance(member, bool)
+        for member in schema["enum"]
     ):
-        return [
-            fault(
-                "enum", f"Input should be one of {client.encode_json(schema['enum'])}"
-            )
-        ]
-    kind = schema.get("type")
-    if kind and not _TYPE_CHECKS[kind](value):
-        return [fault(*_TYPE_FAULTS[kind])]
-    found = []
-    for keyword, kinds, holds, name, msg in _BOUNDS:
-        if (
-            keyword in schema
-            and type(value) in kinds
-            and not holds(value, schema[keyword])
-        ):
-            found.append(fault(name, msg.format(schema[keyword])))
+        words = f"Input should be one of {client.encode_json(schema['enum'])}"
+        return [_fault("enum", words, loc, value)]
     if kind == "object":
-        properties, others = (
-            schema.get("properties", {}),
-            schema.get("additionalProperties", True),
-        )
-        for name in schema.get("required", ()):
-            if name not in value:
-                found.append(fault("missing", "Field required", (*loc, name)))
-        for name, item in value.items():
-            if name in properties:
-                found += validate(properties[name], item, (*loc, name))
-            elif others is False:
-                found.append(
-                    fault(
-                        "extra_forbidden",
-                        "Extra inputs are not permitted",
-                        (*loc, name),
-                        item,
-                    )
-                )
-            elif others is not True:
-                found += validate(others, item, (*loc, name))
+        found += _validate_object(schema, value, loc)
     if kind == "array":
-        first = schema.get("prefixItems", [])
+        first, others = schema.get("prefixItems", []), schema.get("items", {})
         for i, item in enumerate(value):
-            found += validate(
-                first[i] if i < len(first) else schema.get("items", {}), item, (*loc, i)
-            )
+            found += validate(first[i] if i < len(first) else others, item, (*loc, i))
+    return found
+
+
+def _out_of_bounds(
+    keyword: str, bound: Any, value: Any, loc: Loc
+) -> list[dict[str, Any]]:
+    kind, comparison, name, words = _BOUNDS[keyword]
+    if kind == "number" and type(value) in (int, float):
+        measure = value
+    elif kind == type(value).__name__:
+        measure = len(value)
+    else:
+        return []
+    if getattr(operator, comparison)(measure, bound):
+        return []
+    return [_fault(name, words.format(bound), loc, value)]
+
+
+def _validate_object(
+    schema: Mapping[str, Any], value: dict[str, Any], loc: Loc
+) -> list[dict[str, Any]]:
+    properties = schema.get("properties", {})
+    others = schema.get("additionalProperties", True)
+    found = []
+    for name in schema.get("required", ()):
+        if name not in value:
+            found.append(_fault("missing", "Field required", (*loc, name), value))
+    for name, item in value.items():
+        if name in properties:
+            found += validate(properties[name], item, (*loc, name))
+        elif others is False:
+            words = "Extra inputs are not permitted"
+            found.append(_fault("extra_forbidden", words, (*loc, name), item))
+        elif others is not True:
+            found += validate(others, item, (*loc, name))
     return found
 
 
@@ -1665,11 +1624,6 @@ _OPERATIONS = f"""
 /docs | Pages | Explore the API | An interactive page. | | | {_ANY}
 / | Pages | To the page | Redirects to /web. | | | {_ANY}
 """
-
-
-def _rows(table: str) -> Iterator[list[str]]:
-    for line in table.strip().splitlines():
-        yield [cell.strip() for cell in line.split("|")]
 
 
 def openapi(app: App) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import asyncio
 import base64
 import contextlib
 import enum
+import functools
 import http.client
 import io
 import json
@@ -18,6 +19,8 @@ import logging
 import os
 import random
 import re
+import shlex
+import shutil
 import signal
 import socket
 import struct
@@ -28,11 +31,12 @@ import textwrap
 import threading
 import time
 import unittest
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Optional
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Optional
 from unittest import mock
 
 import benchmark
@@ -77,6 +81,30 @@ def constants(**values: float) -> Iterator[None]:
         for name, value in values.items():
             stack.enter_context(mock.patch.object(server, name, value))
         yield
+
+
+def exchange(
+    url: str,
+    method: str,
+    path: str,
+    body: Any = None,
+    headers: dict[str, str] | None = None,
+) -> tuple[int, Any]:
+    """Send one HTTP request; return the status and the JSON of the answer."""
+    connection = http.client.HTTPConnection(url.partition("//")[2], timeout=10)
+    try:
+        given = {"Content-Type": "application/json", **(headers or {})}
+        raw = body is None or isinstance(body, (bytes, str))
+        data = body if raw else json.dumps(body)
+        connection.request(method, path, data, given)
+        answer = connection.getresponse()
+        text = answer.read().decode()
+        try:
+            return answer.status, json.loads(text)
+        except ValueError:
+            return answer.status, text
+    finally:
+        connection.close()
 
 
 class RawPeer:
@@ -234,18 +262,7 @@ class ServerCase(unittest.TestCase):
         headers: dict[str, str] | None = None,
         running: server.Server | None = None,
     ) -> tuple[int, Any]:
-        connection = http.client.HTTPConnection(
-            "127.0.0.1", (running or self.running).server_port, timeout=PATIENCE
-        )
-        data = (
-            body if body is None or isinstance(body, (bytes, str)) else json.dumps(body)
-        )
-        given = {"Content-Type": "application/json", **(headers or {})}
-        connection.request(method, path, data, given)
-        answer = connection.getresponse()
-        content = answer.read()
-        connection.close()
-        return answer.status, json.loads(content) if content else None
+        return exchange((running or self.running).url, method, path, body, headers)
 
 
 # ---------------------------------------------------------------------------
@@ -2102,6 +2119,755 @@ class CommandLineTest(unittest.TestCase):
                 command.url = command.next_url()
                 self.assertEqual(echo(), "threefold")
             self.assertEqual(command.process.returncode, 0)
+
+
+# ---------------------------------------------------------------------------
+# README.md: what it shows is run, and must come out as shown
+# ---------------------------------------------------------------------------
+
+README_URL = "http://localhost:8000"  # of the server in README.md's examples
+POSIX = os.name == "posix"
+
+# A `docker` for LocalDockerProvider: its containers are processes that run the Dockerfile's
+# CMD, but on a free port; what `docker` would know is in files in $DOCKER_STATE.
+DOCKER = r"""#!{python}
+import json, os, re, signal, subprocess, sys, time
+from pathlib import Path
+
+PROJECT, STATE = Path({project!r}), Path(os.environ["DOCKER_STATE"])
+
+
+def running(pid):
+    try:
+        if Path("/proc").is_dir():
+            return Path(f"/proc/{{pid}}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        os.kill(pid, 0)
+        return True
+    except OSError:
+        return False
+
+
+def wait(condition):
+    deadline = time.monotonic() + 10
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.02)
+
+
+def run(name):
+    command = json.loads(re.findall(r"^CMD (.*)$", (PROJECT / "Dockerfile").read_text(), re.M)[0])
+    command[command.index("python")] = sys.executable
+    command[command.index("--port") + 1] = "0"
+    with open(STATE / f"{{name}}.log", "w") as log:
+        child = subprocess.Popen(command, cwd=PROJECT, stdin=subprocess.DEVNULL, stdout=log,
+                                 stderr=log, start_new_session=True)
+    (STATE / name).write_text(str(child.pid))
+
+
+command, *arguments = sys.argv[1:]
+with open(STATE / "calls", "a") as calls:
+    print(json.dumps(sys.argv[1:]), file=calls)
+if command == "run":
+    if arguments[-1] != "benchmark-env:latest":
+        sys.exit(f"Unable to find image {{arguments[-1]!r}} locally")
+    run(arguments[arguments.index("--name") + 1])
+    sys.exit()
+name = next(a for a in arguments if a.startswith("openenv-"))
+if not (STATE / name).exists():
+    sys.exit(f"Error: No such container: {{name}}")
+log, pid = STATE / f"{{name}}.log", int((STATE / name).read_text())
+if command == "port":
+    wait(lambda: " on http://" in log.read_text() or not running(pid))
+    print("127.0.0.1:" + re.findall(r" on http://[^:]+:(\d+)", log.read_text())[0])
+elif command == "inspect":
+    print(str(running(pid)).lower())
+elif command == "logs":
+    print(log.read_text(), end="")
+elif command in ("stop", "rm"):
+    if running(pid):
+        os.kill(pid, signal.SIGTERM if command == "stop" else signal.SIGKILL)
+    wait(lambda: not running(pid))
+    if command == "rm":
+        (STATE / name).unlink()
+else:
+    sys.exit(f"the stand-in has no {{command}}")
+"""
+
+
+class Block(NamedTuple):
+    """A fenced block of README.md, and the ``text`` block right behind it, if there is one."""
+
+    section: str
+    language: str
+    text: str
+    output: Optional[str]  # noqa: UP045
+
+
+@functools.cache
+def readme() -> str:
+    return (HERE / "README.md").read_text("utf-8")
+
+
+@functools.cache
+def blocks() -> tuple[Block, ...]:
+    found: list[Block] = []
+    section, end = "", 0
+    pattern = re.compile(
+        r"^## ([^\n]*)$|^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL
+    )
+    for match in pattern.finditer(readme()):
+        if match[1]:
+            section = match[1]
+            continue
+        behind = found and not readme()[end : match.start()].strip()
+        if behind and match[2] == "text" and found[-1].language == "python":
+            found[-1] = found[-1]._replace(output=match[3])
+        else:
+            found.append(Block(section, match[2], match[3], None))
+        end = match.end()
+    return tuple(found)
+
+
+def select(language: str, section: str = "", holding: str = "") -> list[Block]:
+    return [
+        b
+        for b in blocks()
+        if b.language == language and section in b.section and holding in b.text
+    ]
+
+
+def one(language: str, section: str = "", holding: str = "") -> Block:
+    (found,) = select(language, section, holding)
+    return found
+
+
+def commands(block: Block) -> list[tuple[str, str]]:
+    """Return each command of a console block with its output."""
+    parts = re.split(r"^\$ ", block.text, flags=re.MULTILINE)[1:]
+    return [(command, rest) for command, _, rest in (p.partition("\n") for p in parts)]
+
+
+def normalize(text: str) -> str:
+    """Make equal what differs from run to run: dates, ports, UUIDs, keys, versions."""
+    for pattern, name in (
+        (r"^((?:<- )?Date:) .*", r"\1 now"),
+        (r"(localhost|127\.0\.0\.1):\d+", "localhost:8000"),
+        (r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", "uuid"),
+        (r"(Sec-WebSocket-(?:Key|Accept):) \S+", r"\1 key"),
+        (r"openenv-benchmark/[0-9.]+", "openenv-benchmark"),
+        (r"[ \r]+$", ""),
+    ):
+        text = re.sub(pattern, name, text, flags=re.MULTILINE)
+    return text.strip()
+
+
+def output_of(
+    arguments: Sequence[str | Path],
+    cwd: Path = HERE,
+    env: Mapping[str, str] | None = None,
+) -> str:
+    """Run a command; return what it prints, on standard error too, in order."""
+    done = subprocess.run(
+        [str(a) for a in arguments],
+        cwd=cwd,
+        env=environment(**(env or {})),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        encoding="utf-8",
+        timeout=60,
+        check=False,
+    )
+    if done.returncode:
+        raise AssertionError(f"{arguments} ended with {done.returncode}: {done.stdout}")
+    return done.stdout
+
+
+@contextlib.contextmanager
+def serving(
+    *options: str, cwd: Path = HERE, module: str = "server.py"
+) -> Iterator[tuple[str, subprocess.Popen[str], Path]]:
+    """Run server.py on a free port; yield its URL, its process and the file of its log."""
+    with tempfile.TemporaryDirectory() as directory:
+        log = Path(directory, "log")
+        with open(log, "w", encoding="utf-8") as stderr:
+            process = subprocess.Popen(
+                [sys.executable, *module.split(), "--port", "0", *options],
+                cwd=cwd,
+                env=environment(),
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                encoding="utf-8",
+            )
+        assert process.stdout
+        try:
+            found = re.search(r"http://[^:/]+:\d+", process.stdout.readline())
+            if not found:
+                raise AssertionError(f"it does not start: {log.read_text('utf-8')}")
+            yield found[0], process, log
+        finally:
+            process.terminate()
+            process.communicate(timeout=10)
+
+
+class ReadmeExamplesTest(unittest.TestCase):
+    """Every Python block and every command with its output."""
+
+    maxDiff = None
+
+    def run_python(
+        self, block: Block, url: str, env: Mapping[str, str] | None = None
+    ) -> None:
+        code = block.text.replace(README_URL, url)
+        output = output_of([sys.executable, "-c", code], env=env)
+        self.assertEqual(normalize(output), normalize(block.output or ""), block.text)
+
+    def test_python_blocks(self) -> None:
+        """Those of the own environment are files, and have a test of their own."""
+        found = [
+            b
+            for b in select("python")
+            if not b.text.startswith("# my_") and "from_docker_image" not in b.text
+        ]
+        self.assertGreaterEqual(len(found), 5)
+        with serve() as running:
+            for block in found:
+                with self.subTest(block=block.text):
+                    self.run_python(block, running.url)
+
+    @unittest.skipUnless(POSIX, "the stand-in for docker is a script with #!")
+    def test_docker_block(self) -> None:
+        with tempfile.TemporaryDirectory() as directory:
+            docker = Path(directory, "docker")
+            docker.write_text(DOCKER.format(python=sys.executable, project=str(HERE)))
+            docker.chmod(0o755)
+            path = os.pathsep.join([directory, os.environ.get("PATH", "")])
+            env = {"PATH": path, "DOCKER_STATE": directory}
+            self.run_python(one("python", "Docker image"), "", env)
+            lines = Path(directory, "calls").read_text().splitlines()
+            calls = [json.loads(line) for line in lines]
+            self.assertEqual(calls[0][:2], ["run", "--detach"])
+            self.assertIn("127.0.0.1::8000", calls[0])
+            self.assertEqual([call[0] for call in calls[-2:]], ["stop", "rm"])
+            left = {path.name for path in Path(directory).iterdir()}
+            containers = {name for name in left if not name.endswith(".log")}
+            self.assertEqual(containers, {"docker", "calls"})
+            missing = self.assertRaisesRegex(RuntimeError, "Unable to find image")
+            with mock.patch.dict(os.environ, env), missing:
+                client.BenchmarkEnv.from_docker_image("no-such-image")
+
+    def check_console(self, block: Block, url: str) -> None:
+        for command, expected in commands(block):
+            line = re.sub(
+                "^python3 ", f"{shlex.quote(sys.executable)} ", command
+            ).replace(README_URL, url)
+            if line.startswith("curl "):
+                line = f"curl -sS --noproxy '*' {line[5:]}"
+            with self.subTest(command=command):
+                output = output_of(["sh", "-c", line])
+                self.assertEqual(normalize(output), normalize(expected))
+
+    @unittest.skipUnless(POSIX, "needs a POSIX shell")
+    def test_commands(self) -> None:
+        found = [b for b in select("console") if "$ curl" not in b.text]
+        self.assertGreaterEqual(len(found), 3)
+        for block in found:
+            self.check_console(block, README_URL)
+
+    @unittest.skipUnless(POSIX and shutil.which("curl"), "there is no curl")
+    def test_curl_sessions(self) -> None:
+        found = select("console", "The protocol", "$ curl")
+        self.assertGreaterEqual(len(found), 3)
+        with serve() as running:
+            for block in found:
+                self.check_console(block, running.url)
+
+    def test_languages(self) -> None:
+        """Whatever is fenced is one of the languages that a test knows."""
+        known = {"sh", "console", "python", "text", "nginx", "yaml"}
+        self.assertEqual({block.language for block in blocks()} - known, set())
+
+    def test_links(self) -> None:
+        titles = re.findall(r"^##+ (.*)$", readme(), re.MULTILINE)
+        anchors = {re.sub(r"[^\w\- ]", "", t.lower()).replace(" ", "-") for t in titles}
+        for target in re.findall(r"\]\(#([^)]*)\)", readme()):
+            self.assertIn(target, anchors)
+
+
+def dump(text: str) -> bytes:
+    """Return the bytes of a hex listing: those before the first run of spaces."""
+    return bytes.fromhex(
+        "".join(re.split(r"\s{2,}", line)[0] for line in text.splitlines())
+    )
+
+
+class ReadmeWebSocketTest(unittest.TestCase):
+    """The WebSocket transcript and the bytes in the protocol chapter."""
+
+    KEY = bytes.fromhex("37fa213d")
+    maxDiff = None
+
+    def setUp(self) -> None:
+        self.dumps = [
+            dump(b.text)
+            for b in select("text", "The protocol")
+            if re.match("[0-9a-f]{2} ", b.text)
+        ]
+
+    def client_frame(self, opcode: int, payload: bytes) -> bytes:
+        """What client.WebSocket makes of it with the README's key."""
+        here, there = socket.socketpair()
+        with here, there, mock.patch("os.urandom", lambda size: self.KEY[:size]):
+            return client.WebSocket(here, True, 1 << 20).frame(opcode, payload)
+
+    def test_bytes(self) -> None:
+        request, answer, closing, closed = self.dumps
+        self.assertEqual(request, self.client_frame(1, b'{"type":"state"}'))
+        self.assertEqual(
+            client.apply_mask(request[6:], request[2:6]), b'{"type":"state"}'
+        )
+        self.assertEqual(answer[:2], bytes([0x81, len(answer) - 2]))
+        self.assertEqual(closing, b"\x88\x02\x03\xe8")
+        self.assertEqual(closed, self.client_frame(8, b"\x03\xe8"))
+        # The meaning beside the payload's bytes is the payload.
+        block = one("text", "The protocol", "22 3a 31 7d 7d")
+        words = [re.split(r"\s{2,}", line)[1] for line in block.text.splitlines()[2:]]
+        self.assertEqual("".join(words).encode(), answer[2:])
+
+    def test_transcript(self) -> None:
+        """Play it over a plain socket, with the bytes of the chapter where it gives them."""
+        lines = one("text", "The protocol", "-> GET /ws").text.splitlines()
+        shown = dict(zip(["-> state", "<- state", "<- close", "-> close"], self.dumps))
+        with serve() as running:
+            address = running.url.rpartition("/")[2]
+            host, _, port = address.partition(":")
+            with socket.create_connection((host, int(port)), 10) as sock:
+                stream = sock.makefile("rb")
+                for line in lines[: lines.index("->") + 1]:
+                    text = line[3:].replace("localhost:8000", address)
+                    sock.sendall(f"{text}\r\n".encode())
+                for line in lines[lines.index("->") + 1 :]:
+                    self.play(line, sock, stream, shown)
+                self.assertEqual(stream.read(1), b"")  # the server closes
+                stream.close()
+
+    def play(self, line: str, sock: Any, stream: Any, shown: dict[str, bytes]) -> None:
+        arrow, text = line[:2], line[3:]
+        kind = f"{arrow} state" if '"type":"state"' in text else f"{arrow} close"
+        if arrow == "->":
+            code = text == "close 1000"
+            frame = self.client_frame(
+                8 if code else 1, b"\x03\xe8" if code else text.encode()
+            )
+            if kind.endswith("state") or code:
+                self.assertEqual(frame, shown[kind])
+            sock.sendall(frame)
+        elif text.startswith("{"):
+            head = stream.read(2)
+            size = head[1] if head[1] < 126 else int.from_bytes(stream.read(2), "big")
+            payload = stream.read(size)
+            self.assertEqual((head[0], payload.decode()), (0x81, text))
+            if kind.endswith("state"):
+                self.assertEqual(head + payload, shown[kind])
+        elif text == "close 1000":
+            self.assertEqual(stream.read(4), shown[kind])
+        else:
+            got = stream.readline().decode()
+            self.assertEqual(normalize(f"<- {got}"), normalize(line))
+
+    def test_close_codes(self) -> None:
+        """Provoke each code of the table."""
+        codes = re.findall(r"^\| (1\d{3}) \|", readme(), re.MULTILINE)
+        self.assertEqual(
+            codes, ["1000", "1001", "1002", "1007", "1009", "1011", "1013"]
+        )
+        frame = self.client_frame
+        frames = {
+            1000: frame(1, b'{"type":"close"}'),
+            1002: b"\x81\x00",  # not masked
+            1007: frame(1, b"\xff"),
+            1009: frame(1, b" " * 70000),
+        }
+        for code, data in frames.items():
+            with self.subTest(code=code), serve(max_message_mb=0.01) as s:
+                self.assertEqual(self.close_code(s.url, data), code)
+        with serve(session_timeout=0.1) as running:
+            self.assertEqual(self.close_code(running.url, b""), 1001)
+        full = serve(max_concurrent_envs=1)
+        with full as running, client.BenchmarkEnvWS(running.url) as first:
+            first.reset()
+            self.assertEqual(self.close_code(running.url, b""), 1013)
+        app = server.create_app(
+            broken_factory, benchmark.BenchmarkAction, benchmark.BenchmarkObservation
+        )
+        with self.assertLogs("openenv", "ERROR"), app.start() as running:
+            self.assertEqual(self.close_code(running.url, b""), 1011)
+
+    def close_code(self, url: str, data: bytes) -> int:
+        ws = client.WebSocket.connect(f"{url}/ws", timeout=10)
+        try:
+            ws.detach().sendall(data)
+            while True:
+                ws.recv()
+        except client.ConnectionClosed as closed:
+            return closed.code
+        finally:
+            ws.close()
+
+
+def broken_factory() -> Any:
+    raise RuntimeError("out of order")
+
+
+class OwnEnvironmentTest(unittest.TestCase):
+    """Do what the chapter "Make it your own environment" says."""
+
+    def test_as_the_chapter_says(self) -> None:
+        chapter = "Make it your own"
+        with tempfile.TemporaryDirectory() as directory:
+            here = Path(directory)
+            for name in ("benchmark.py", "client.py", "server.py"):
+                shutil.copy(HERE / name, here)
+            files = select("python", chapter, "# my_")
+            command = one("sh", chapter).text.split()
+            self.assertEqual(command[:2], ["python3", "server.py"])
+            (here / "my_env.py").write_text(files[0].text, "utf-8")
+            with serving(*command[2:], "--log-level", "error", cwd=here) as (url, _, _):
+                text = files[1].text.replace(README_URL, url)
+                (here / "my_client.py").write_text(text, "utf-8")
+                output = output_of([sys.executable, "my_client.py"], here)
+                self.assertEqual(output, files[1].output)
+                text = text.replace("WebSocketEnvClient", "HTTPEnvClient")
+                (here / "my_client.py").write_text(text, "utf-8")
+                output = output_of([sys.executable, "my_client.py"], here)
+                self.assertEqual(output, files[1].output)
+                self.check_schema(url)
+                self.check_http(url)
+
+    def check_schema(self, url: str) -> None:
+        status, schemas = exchange(url, "GET", "/schema")
+        self.assertEqual(status, 200)
+        action, observation, state = (
+            schemas[name]["properties"] for name in ("action", "observation", "state")
+        )
+        self.assertEqual(action["number"]["type"], "integer")
+        self.assertEqual(action["number"]["minimum"], 1)
+        self.assertEqual(action["confidence"]["type"], "number")
+        self.assertEqual(action["confidence"]["default"], 0.5)
+        self.assertEqual(schemas["action"]["required"], ["number"])
+        hint = observation["hint"]["anyOf"]
+        self.assertEqual(hint[0]["enum"], ["lower", "higher", "correct"])
+        self.assertEqual(hint[1], {"type": "null"})
+        limits = observation["limits"]["additionalProperties"]["additionalProperties"]
+        self.assertEqual(limits, {"type": "integer"})
+        self.assertEqual(list(state), ["episode_id", "step_count"])
+
+    def check_http(self, url: str) -> None:
+        """Play a game to its end in plain JSON, and past it."""
+        status, answer = exchange(url, "POST", "/reset", {"seed": 7, "highest": 3})
+        self.assertEqual(status, 200)
+        self.assertIsNone(answer["observation"]["hint"])
+        hints = []
+        for number in (1, 2, 3):
+            body = {"action": {"number": number, "confidence": 1}}
+            status, answer = exchange(url, "POST", "/step", body)
+            self.assertEqual(status, 200)
+            hints.append(answer["observation"]["hint"])
+            if answer["done"]:
+                break
+        self.assertEqual((hints[-1], answer["reward"]), ("correct", 1.0))
+        self.assertEqual(set(hints[:-1]) - {"higher"}, set())
+        status, answer = exchange(url, "POST", "/step", body)
+        self.assertEqual((status, answer["code"]), (500, "EXECUTION_ERROR"))
+        status, answer = exchange(
+            url, "POST", "/step", {"action": {"number": 0, "confidence": "x"}}
+        )
+        self.assertEqual(status, 422)
+        kinds = [fault["type"] for fault in answer["detail"]]
+        self.assertEqual(kinds, ["greater_than_equal", "float_type"])
+
+
+class CopiesTest(unittest.TestCase):
+    """Each row of "Which files to copy", at the top level and inside a package."""
+
+    def setUp(self) -> None:
+        table = readme().partition("## Which files to copy")[2].partition("\nThey")[0]
+        rows = [re.findall(r"`(\w+\.py)`", line) for line in table.splitlines()]
+        self.subsets = [row for row in rows if row]
+        self.assertEqual([len(subset) for subset in self.subsets], [2, 3, 1])
+
+    def test_subsets(self) -> None:
+        with serve() as running:
+            for subset in self.subsets:
+                for package in ("", "vendored"):
+                    with self.subTest(subset=subset, package=package):
+                        self.check(subset, package, running.url)
+
+    def check(self, subset: list[str], package: str, url: str) -> None:
+        with tempfile.TemporaryDirectory() as directory:
+            here, target = Path(directory), Path(directory, package)
+            target.mkdir(exist_ok=True)
+            if package:
+                (target / "__init__.py").touch()
+            for name in subset:
+                shutil.copy(HERE / name, target)
+            if "server.py" in subset:
+                self.check_commands(here, package)
+                return
+            code = self.ENVIRONMENT + (self.CLIENTS if "client.py" in subset else "")
+            code = code.replace("DOT.", f"{package}." if package else "")
+            output_of([sys.executable, "-c", code.replace("URL", repr(url))], here)
+
+    ENVIRONMENT = """
+import sys
+from DOT.benchmark import BenchmarkAction, BenchmarkEnvironment
+assert 'DOT.client' not in sys.modules
+assert BenchmarkEnvironment().step(BenchmarkAction('Hi')).reward == 0.2
+"""
+    CLIENTS = """
+from DOT.client import BenchmarkEnv, BenchmarkEnvWS
+from DOT.benchmark import BenchmarkEnvWS as lazy
+assert lazy is BenchmarkEnvWS
+for cls in BenchmarkEnv, BenchmarkEnvWS:
+    with cls(URL) as env:
+        env.reset()
+        assert env.step(BenchmarkAction('Hi')).reward == 0.2
+"""
+
+    def check_commands(self, here: Path, package: str) -> None:
+        prefix = [sys.executable, "-m", f"{package}.client"]
+        if not package:
+            prefix = [sys.executable, "client.py"]
+        self.assertIn("length 2 reward 0.2", output_of([*prefix, "Hi"], here))
+        module = f"-m {package}.server" if package else "server.py"
+        with serving(cwd=here, module=module) as (url, _, _):
+            self.assertEqual(exchange(url, "GET", "/health")[1], {"status": "healthy"})
+
+
+class ProjectFilesTest(unittest.TestCase):
+    """Facts that several files state, and that must agree."""
+
+    def test_versions(self) -> None:
+        for name in ("benchmark.py", "client.py", "server.py"):
+            head = (HERE / name).read_text("utf-8").partition("from __future__")[0]
+            self.assertIn(f"version {benchmark.__version__}", head.replace("\n", " "))
+        for program in ("client.py", "server.py"):
+            shown = output_of([sys.executable, HERE / program, "--version"])
+            self.assertEqual(shown.split()[-1], benchmark.__version__)
+
+    def test_port(self) -> None:
+        manifest = dict(
+            line.split(": ")
+            for line in (HERE / "openenv.yaml").read_text().splitlines()
+            if line
+        )
+        self.assertEqual(manifest["spec_version"], "1")
+        self.assertEqual((manifest["name"], manifest["type"]), ("benchmark", "space"))
+        self.assertEqual(manifest["port"], "8000")
+        module, _, name = manifest["app"].partition(":")
+        self.assertTrue(callable(getattr(sys.modules[module], name)))
+        head = readme().split("---\n")[1]
+        for line in (
+            "title: Benchmark Environment Server",
+            "colorFrom: red",
+            "colorTo: red",
+            "sdk: docker",
+            "pinned: false",
+            "app_port: 8000",
+            "base_path: /web",
+            "tags:\n  - openenv",
+        ):
+            self.assertIn(f"\n{line}\n", f"\n{head}")
+        self.assertRegex(head, r"(?m)^emoji: \S+$")
+
+    def test_dockerfile(self) -> None:
+        lines = (HERE / "Dockerfile").read_text().splitlines()
+        steps = dict(line.split(" ", 1) for line in lines if line and line[0] != "#")
+        self.assertRegex(steps["FROM"], r"^python:3\.\d+-slim$")
+        self.assertEqual((steps["USER"], steps["EXPOSE"]), ("1000", "8000"))
+        options = ["--host", "0.0.0.0", "--port", "8000"]
+        self.assertEqual(json.loads(steps["CMD"]), ["python", "server.py", *options])
+        self.assertNotIn("RUN", steps)
+        copied = steps["COPY"].split()[:-1]
+        ignored = (HERE / ".dockerignore").read_text().splitlines()
+        self.assertEqual([line[1:] for line in ignored if line[0] == "!"], copied)
+        for name in copied:
+            self.assertTrue((HERE / name).is_file())
+
+    def test_healthcheck(self) -> None:
+        """Its command exits 0 for a healthy server, and with an error where there is none."""
+        text = (HERE / "Dockerfile").read_text()
+        command = json.loads(re.findall(r"(?m)^HEALTHCHECK .*? CMD (.*)$", text)[0])
+        with serve() as running:
+            port = running.url.rpartition(":")[2]
+            arguments = [command[1], command[2].replace("8000", port)]
+            output_of([sys.executable, *arguments])
+        with self.assertRaises(AssertionError):
+            output_of([sys.executable, *arguments])
+
+    def test_options(self) -> None:
+        """README.md lists the options that server.py has."""
+        table = readme().partition("## Running it locally")[2].partition("\n## ")[0]
+        rows = re.findall(r"^\| (`--.*?`) \|", table, re.MULTILINE)
+        listed = {name for row in rows for name in re.findall(r"--[a-z-]+", row)}
+        shown = output_of([sys.executable, HERE / "server.py", "--help"])
+        options = set(re.findall(r"^  (?:-h, )?(--[a-z-]+)", shown, re.MULTILINE))
+        self.assertEqual(listed, options)
+
+    def test_kubernetes(self) -> None:
+        """As far as that can be seen without a cluster: ports, labels, probes, grace."""
+        text = one("yaml", "Scaling out").text
+        self.assertEqual(set(re.findall(r"[pP]ort: (\d+)", text)), {"8000"})
+        self.assertEqual(text.count("{app: benchmark-env}"), 3)
+        self.assertEqual(text.count("path: /health"), 2)
+        self.assertIn("sessionAffinity: ClientIP", text)
+        grace = re.findall(r"terminationGracePeriodSeconds: (\d+)", text)[0]
+        self.assertGreater(int(grace), server.GRACE_SECONDS + 0.5)
+
+
+NGINX = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin:/usr/local/sbin")
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port: int = sock.getsockname()[1]
+        return port
+
+
+@unittest.skipUnless(NGINX, "there is no nginx")
+class NginxTest(unittest.TestCase):
+    """README.md's nginx configuration in front of four server processes."""
+
+    HOST = "env.example.com"
+    backends: list[tuple[str, subprocess.Popen[str], Path]]
+    url: str
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        stack = contextlib.ExitStack()
+        cls.addClassCleanup(stack.close)
+        options = one("sh", "Scaling out").text.partition("$port ")[2].split(" &")[0]
+        cls.backends = [
+            stack.enter_context(serving(*options.split())) for _ in range(4)
+        ]
+        port = free_port()
+        cls.url = f"http://127.0.0.1:{port}"
+        config = one("nginx", "Scaling out").text
+        config = config.replace("listen 80;", f"listen 127.0.0.1:{port};")
+        for shown, (url, _, _) in zip((8001, 8002, 8003, 8004), cls.backends):
+            config = config.replace(f":{shown};", f":{url.rpartition(':')[2]};")
+        here = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        here.chmod(0o755)
+        temporary = "".join(
+            f"{name}_temp_path {here}/{name};\n"
+            for name in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+        )
+        text = f"""
+            daemon off; pid {here}/pid; error_log stderr error;
+            events {{ worker_connections 4096; }}
+            http {{ access_log off; {temporary} {config} }}
+        """
+        (here / "nginx.conf").write_text(text)
+        arguments = [str(NGINX), "-p", str(here), "-c", str(here / "nginx.conf")]
+        process = subprocess.Popen(
+            arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        stack.callback(process.communicate, timeout=10)
+        stack.callback(process.terminate)
+        cls.wait_until_ready(process)
+
+    @classmethod
+    def wait_until_ready(cls, process: subprocess.Popen[bytes]) -> None:
+        deadline = time.monotonic() + 10
+        while time.monotonic() < deadline:
+            if process.poll() is not None:
+                raise AssertionError(process.communicate()[1])
+            with contextlib.suppress(OSError):
+                if exchange(cls.url, "GET", "/health")[0] == 200:
+                    return
+            time.sleep(0.02)
+        raise AssertionError("nginx does not answer")
+
+    def test_sessions(self) -> None:
+        """200 sessions keep their step counts; a server that stops loses its own only."""
+        envs: list[Any] = [client.BenchmarkEnv(self.url) for _ in range(100)]
+        envs += [client.BenchmarkEnvWS(self.url) for _ in range(100)]
+        pool = ThreadPoolExecutor(20)
+        self.addCleanup(pool.shutdown)
+        self.addCleanup(lambda: list(pool.map(lambda env: env.close(), envs)))
+        _, process, log = self.backends[0]
+        before = len(log.read_text("utf-8"))
+
+        def play(number: int) -> tuple[str, int]:
+            env = envs[number]
+            env.reset(episode_id=f"e{number}")
+            for step in range(number % 5):
+                observation = env.step(
+                    benchmark.BenchmarkAction(f"{number}")
+                ).observation
+                self.assertEqual(observation.echoed_message, f"{number}")
+                self.assertEqual(observation.metadata, {"step": step + 1})
+            state = env.state()
+            return state.episode_id, state.step_count
+
+        expected = [(f"e{number}", number % 5) for number in range(200)]
+        self.assertEqual(list(pool.map(play, range(200))), expected)
+
+        process.terminate()
+        process.wait(10)
+        opened = log.read_text("utf-8")[before:]
+        lost_ws = len(re.findall(r"session ws-\d+ opened", opened))
+        lost_http = len(re.findall(r"session '[0-9a-f-]{36}' opened", opened))
+
+        def go_on(number: int) -> str:
+            env = envs[number]
+            try:
+                result = env.step(benchmark.BenchmarkAction("on"))
+            except client.ServerError as error:
+                env.reset()
+                return str(error)
+            except ConnectionError as error:
+                env.connect().reset()
+                return str(error)
+            self.assertEqual(result.observation.metadata, {"step": number % 5 + 1})
+            return "kept"
+
+        outcomes = Counter(pool.map(go_on, range(200)))
+        unknown = "Server error: Unknown X-Session-Id: POST /reset opens the session"
+        closed = "WebSocket connection closed: 1001 the server is shutting down"
+        self.assertEqual(
+            outcomes,
+            {
+                "kept": 200 - lost_ws - lost_http,
+                f"{unknown} (code: SESSION_ERROR)": lost_http,
+                closed: lost_ws,
+            },
+        )
+        self.assertTrue(lost_ws and lost_http)
+
+    def test_no_session(self) -> None:
+        """Requests that name no session go to the servers in turn."""
+        for url, _, _ in self.backends:
+            self.assertEqual(
+                exchange(url, "POST", "/reset", {"episode_id": url})[0], 200
+            )
+        seen = {exchange(self.url, "GET", "/state")[1]["episode_id"] for _ in range(4)}
+        self.assertEqual(seen, {url for url, _, _ in self.backends})
+
+    def test_pages(self) -> None:
+        """A page of the site may call, over both transports; one of another site may not."""
+        headers = {"Host": self.HOST, "Origin": f"http://{self.HOST}"}
+        self.assertEqual(exchange(self.url, "GET", "/web", None, headers)[0], 200)
+        self.assertEqual(exchange(self.url, "POST", "/reset", {}, headers)[0], 200)
+        ws = client.WebSocket.connect(f"{self.url}/ws", headers, timeout=10)
+        ws.send('{"type":"state"}')
+        self.assertIn('"step_count":0', str(ws.recv()))
+        ws.close()
+        for name in ({"Origin": "http://evil.example"}, {"Host": "evil.example"}):
+            other = {**headers, **name}
+            self.assertEqual(exchange(self.url, "POST", "/reset", {}, other)[0], 403)
+            with self.assertRaisesRegex(ConnectionError, "403"):
+                client.WebSocket.connect(f"{self.url}/ws", other)
 
 
 # ---------------------------------------------------------------------------
