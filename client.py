@@ -79,6 +79,8 @@ INVALID_DATA, MESSAGE_TOO_BIG, INTERNAL_ERROR, TRY_AGAIN_LATER = 1007, 1009, 101
 # Sizes in bytes: of a read when no large frame is expected; of a write; of the messages
 # that `WebSocket.tend` may hold for the next `recv`; of an opening handshake.
 _RECV_SIZE, _SEND_SIZE, _HELD_LIMIT, _HEADER_LIMIT = 1 << 16, 1 << 18, 1 << 20, 1 << 16
+# A kept message costs more than its bytes; and one call of `tend` does not go on for ever.
+_MESSAGE_COST, _TEND_LIMIT = 100, 200
 
 
 class ConnectionClosed(ConnectionError):
@@ -101,11 +103,12 @@ class _Fault(Exception):
 class _Frame:
     """The header of a frame whose payload is being read."""
 
-    __slots__ = ("fin", "key", "left", "opcode", "shown")
+    __slots__ = ("at", "fin", "key", "left", "opcode", "size")
 
-    def __init__(self, fin: bool, opcode: int, key: bytes, length: int) -> None:
-        self.fin, self.opcode, self.key, self.left = fin, opcode, key, length
-        self.shown = b""  # the payload so far, if it is traced
+    def __init__(self, fin: bool, opcode: int, key: bytes, size: int) -> None:
+        self.fin, self.opcode, self.key, self.size = fin, opcode, key, size
+        self.left = size  # bytes of the payload that are still to come
+        self.at = time.monotonic()
 
 
 def accept_key(key: str) -> str:
@@ -166,8 +169,9 @@ class WebSocket:
         self._buffer = bytearray(early)  # bytes that are not parsed yet
         self._frame: _Frame | None = None  # the frame whose payload is next
         self._opcode = 0  # of the message that is being put together; 0: none is
-        self._size = 0  # its bytes so far
-        self._parts: list[Any] = []  # and what they say, str or bytes
+        self._size = 0  # the bytes that its frames so far announced
+        self._message = bytearray()  # and themselves, if it comes in parts
+        self._traced = bytearray()  # of a frame, if it is traced
         self._decoder = codecs.getincrementaldecoder("utf-8")()
         self._inbox: deque[str | bytes] = deque()  # whole messages that `tend` found
         self._held = 0  # bytes in the inbox
@@ -244,9 +248,10 @@ class WebSocket:
         with self._receiving:
             if self._inbox:
                 message = self._inbox.popleft()
-                self._held -= len(message)
+                self._held -= len(message) + _MESSAGE_COST
                 return message
-            deadline = time.monotonic() + (self._timeout or float("inf"))
+            self._received_at = time.monotonic()
+            deadline = self._received_at + (self._timeout or float("inf"))
             while True:
                 found = self._parse()
                 if found is not None and not self._close_sent:  # else it came too late
@@ -264,11 +269,6 @@ class WebSocket:
         self._send_frame(PING, payload)
 
     @property
-    def unread(self) -> bool:
-        """Whether bytes have been received that `recv` has not returned."""
-        return bool(self._inbox or self._buffer)
-
-    @property
     def ended(self) -> bool:
         """Whether nothing more will come from the peer."""
         return self._closed is not None
@@ -278,29 +278,37 @@ class WebSocket:
         """Whether a Close frame was sent, after which nothing else may be."""
         return self._close_sent
 
-    def stalled(self, seconds: float) -> bool:
-        """Whether the peer has for so long not gone on with a frame, in or out, once begun."""
-        now = time.monotonic()
-        since = self._sending_since
-        if since is None and self._receiving.locked() and (self._buffer or self._frame):
-            since = self._received_at
-        return since is not None and now - since > seconds
+    def stalled(self, seconds: float, rate: float) -> bool:
+        """Whether the peer does not go on with what it has begun.
 
-    def tend(self) -> None:
-        """Answer the control frames that have arrived, without ever blocking.
+        That is: for so many seconds not a byte of an unfinished message was sent or taken,
+        or a frame comes more slowly than ``rate`` bytes per second.
+        """
+        now, frame, since = time.monotonic(), self._frame, self._sending_since
+        if since is not None:
+            return now - since > seconds
+        if not self._receiving.locked() or not (self._buffer or frame or self._opcode):
+            return False
+        if frame and now - frame.at > seconds + frame.size / rate:
+            return True
+        return now - self._received_at > seconds
+
+    def tend(self, wait: bool = False) -> bool:
+        """Answer the control frames that have arrived, without blocking on the peer.
 
         For the time in which the owner does something else than `recv`: data messages are
-        kept for it. Does nothing while another thread receives or sends.
+        kept for it, and the result says whether there are any. While another thread
+        receives or sends, this does nothing, or with ``wait`` waits for that to end.
         """
-        if not self._receiving.acquire(blocking=False):
-            return
+        if not self._receiving.acquire(blocking=wait):
+            return False
         try:
-            if not self._sending.acquire(blocking=False):
-                return
-            try:
-                self._tend()
-            finally:
-                self._sending.release()
+            if self._sending.acquire(blocking=wait):
+                try:
+                    self._tend()
+                finally:
+                    self._sending.release()
+            return bool(self._inbox)
         finally:
             self._receiving.release()
 
@@ -308,33 +316,46 @@ class WebSocket:
         if self._closed:
             return
         self._tending = True
-        timeout = self._sock.gettimeout()
-        self._sock.settimeout(0)
         try:
-            while not self._unsent and self._held < _HELD_LIMIT:
-                message = self._parse()
-                if message is None:
-                    self._fill()
-                else:
-                    self._inbox.append(message)
-                    self._held += len(message)
+            if not self._nowait:
+                self._sock.settimeout(0)
             if self._unsent:
                 self._transmit(b"", wait=False)
-        except (TimeoutError, ConnectionClosed):
+            for _ in range(_TEND_LIMIT):  # a peer that floods this must not hold it up
+                if self._unsent or self._held > _HELD_LIMIT or self._close_can_wait:
+                    break
+                message = self._parse()
+                if message is None:
+                    self._fill(self._nowait)
+                else:
+                    self._inbox.append(message)
+                    self._held += len(message) + _MESSAGE_COST
+        except (ConnectionClosed, TimeoutError):
             pass  # nothing more has arrived; or the next send or recv will say what ended
         finally:
-            self._sock.settimeout(timeout)
+            if not self._nowait and not self._closed:
+                self._sock.settimeout(self._timeout)
             self._tending = False
+
+    @property
+    def _close_can_wait(self) -> bool:
+        """Whether a Close frame is next that a server busy with a step does not obey yet:
+        what was asked before it is answered first (section 5.5.1).
+        """
+        frame = self._frame
+        return bool(
+            self._tending and not self._client and frame and frame.opcode == CLOSE
+        )
 
     # -- frames in ----------------------------------------------------------
 
-    def _fill(self) -> None:
+    def _fill(self, flags: int = 0) -> None:
         """Receive what there is, at least one byte, into the buffer."""
         if self._closed:
-            raise ConnectionClosed(self._closed.code, self._closed.reason)
+            raise self._ended()
         expected = self._frame.left if self._frame else 0
         try:
-            data = self._sock.recv(min(max(expected, _RECV_SIZE), 1 << 20))
+            data = self._sock.recv(min(max(expected, _RECV_SIZE), _SEND_SIZE), flags)
         except _WOULD_BLOCK:
             raise TimeoutError(f"no message within {self._timeout} s") from None
         except OSError as error:
@@ -359,26 +380,28 @@ class WebSocket:
                 return None
             self._frame = frame
             if frame.opcode >= CLOSE:
-                if len(self._buffer) < frame.left:
+                if len(self._buffer) < frame.left or self._close_can_wait:
                     return None
                 self._frame = None
                 self._control(frame, self._take(frame, frame.left))
                 if self._unsent:
                     return None  # `tend` goes on when the peer has taken the pong
                 continue
-            # Text is decoded as it arrives, so invalid UTF-8 fails at its first byte (8.1).
             data = self._take(frame, min(frame.left, len(self._buffer)))
             whole = frame.fin and not frame.left
-            self._parts.append(
-                self._decode(data, whole) if self._opcode == TEXT else data
-            )
+            # Checked as it arrives: invalid UTF-8 fails at its first byte (section 8.1).
+            message = self._decode(data, whole) if self._opcode == TEXT else data
+            if not whole or self._message:
+                self._message += data
             if frame.left:
                 return None
             self._frame = None
             if whole:
-                parts, self._parts, opcode = self._parts, [], self._opcode
+                if self._message:
+                    joined, self._message = self._message, bytearray()
+                    message = joined.decode() if self._opcode == TEXT else bytes(joined)
                 self._opcode = self._size = 0
-                return "".join(parts) if opcode == TEXT else b"".join(parts)
+                return message
         return None
 
     def _parse_header(self) -> _Frame | None:
@@ -446,16 +469,11 @@ class WebSocket:
             turn = size % 4  # the next byte of the payload meets this byte of the key
             frame.key = frame.key[turn:] + frame.key[:turn]
         if self._trace:
-            frame.shown += data
+            self._traced += data
             if not frame.left:
-                _trace_frame(
-                    self._trace,
-                    "<-",
-                    frame.fin,
-                    frame.opcode,
-                    bool(frame.key),
-                    frame.shown,
-                )
+                masked, shown = bool(frame.key), bytes(self._traced)
+                self._traced.clear()
+                _trace_frame(self._trace, "<-", frame.fin, frame.opcode, masked, shown)
         return data
 
     def _decode(self, data: bytes, final: bool) -> str:
@@ -480,9 +498,15 @@ class WebSocket:
             raise self._end(code, reason)
 
     def _end(self, code: int, reason: str) -> ConnectionClosed:
-        self._closed = ConnectionClosed(code, reason)
+        self._closed = self._closed or ConnectionClosed(code, reason)
         self._buffer.clear()
-        return self._closed
+        return self._ended()
+
+    def _ended(self) -> ConnectionClosed:
+        """A fresh exception for each caller, since raising one writes into it."""
+        if self._closed is None:
+            return ConnectionClosed(ABNORMAL, "this end has begun to close it")
+        return ConnectionClosed(self._closed.code, self._closed.reason)
 
     # -- frames out ---------------------------------------------------------
 
@@ -505,10 +529,7 @@ class WebSocket:
         frame = self.frame(opcode, payload)
         with self._sending:
             if self._closed or self._close_sent:
-                ended = self._closed or ConnectionClosed(
-                    ABNORMAL, "this end has closed it"
-                )
-                raise ConnectionClosed(ended.code, ended.reason)
+                raise self._ended()
             self._close_sent = opcode == CLOSE  # the last frame of all (section 5.5.1)
             if self._trace:
                 _trace_frame(self._trace, "->", True, opcode, self._client, payload)
@@ -529,10 +550,9 @@ class WebSocket:
                 self._sock.sendall(view[start : start + _SEND_SIZE])
             self._sending_since = None
         except _WOULD_BLOCK:
-            if wait:
-                raise TimeoutError(
-                    f"the peer took nothing for {self._timeout} s"
-                ) from None
+            if wait:  # part of a frame is out, and nothing may follow it but the rest
+                self._end(ABNORMAL, "the peer took no more")
+                raise TimeoutError(f"nothing was taken for {self._timeout} s") from None
         except OSError as error:
             raise self._end(ABNORMAL, f"the connection broke: {error}") from error
 
@@ -569,7 +589,8 @@ class WebSocket:
         with self._receiving:
             try:
                 while time.monotonic() < deadline:  # until the peer's Close frame
-                    self._parse()
+                    while self._parse() is not None:
+                        pass  # it came too late
                     self._sock.settimeout(max(deadline - time.monotonic(), 0.001))
                     self._fill()
             except (ConnectionClosed, TimeoutError, OSError):
@@ -578,6 +599,7 @@ class WebSocket:
                 self._sock.close()  # the peer sends nothing more, so there is none to lose
             else:
                 linger(self._sock, deadline, first=not self._client)
+            self._end(ABNORMAL, "this end has closed it")
 
     def detach(self) -> socket.socket:
         """Give the socket away, for a caller that frames by himself."""
@@ -585,7 +607,7 @@ class WebSocket:
 
     def drop(self) -> None:
         """Close the socket at once, without a word."""
-        self._closed = self._closed or ConnectionClosed(ABNORMAL, "this end dropped it")
+        self._end(ABNORMAL, "this end has dropped it")
         self._sock.close()
 
 
@@ -676,21 +698,27 @@ def _handshake_request(
 ) -> bytes:
     name = f"[{host}]" if ":" in host else host
     authority = name if port == (443 if secure else 80) else f"{name}:{port}"
-    fields = {
+    ours = {
         "Host": authority,
         "Upgrade": "websocket",
         "Connection": "Upgrade",
         "Sec-WebSocket-Key": key,
         "Sec-WebSocket-Version": "13",
-        **headers,
     }
+    given = {name.lower() for name in headers}
+    fields = {k: v for k, v in ours.items() if k.lower() not in given}
+    fields.update(headers)
+    _refuse_control_characters(fields)
     lines = [f"GET {path or '/'} HTTP/1.1", *(f"{k}: {v}" for k, v in fields.items())]
-    for line in lines:
-        if not line.isprintable():
-            raise ValueError(
-                f"a header holds a line break or control character: {line!r}"
-            )
     return "\r\n".join([*lines, "", ""]).encode("latin-1")
+
+
+def _refuse_control_characters(headers: Mapping[str, str]) -> None:
+    for name, value in headers.items():
+        if not f"{name}{value}".isprintable():
+            raise ValueError(
+                f"the header {name!r} holds a control character: {value!r}"
+            )
 
 
 def _read_handshake(
@@ -742,16 +770,16 @@ def _refusal(sock: socket.socket, body: bytes, deadline: float) -> str:
     """The sentence in the JSON body of a refused handshake, or nothing."""
     try:
         while len(body) < _HEADER_LIMIT:
-            chunk = _recv_until(sock, min(deadline, time.monotonic() + 1))
+            try:
+                return f": {json.loads(body)['detail']}"
+            except ValueError:
+                chunk = _recv_until(sock, min(deadline, time.monotonic() + 1))
             if not chunk:
                 break
             body += chunk
-    except OSError:
-        pass
-    try:
-        return f": {json.loads(body)['detail']}"
-    except (ValueError, KeyError, TypeError):
-        return ""
+    except (OSError, KeyError, TypeError, RecursionError):
+        pass  # it has no such sentence
+    return ""
 
 
 # -- what a trace shows --------------------------------------------------------
@@ -824,6 +852,8 @@ def from_json(kind: Any, value: Any) -> Any:
         TypeError, ValueError: the value does not fit.
     """
     if dataclasses.is_dataclass(kind):
+        if not isinstance(value, dict):
+            raise TypeError(f"{_shorten(repr(value))} is no {kind}")
         types = field_types(kind)  # type: ignore[arg-type]
         given = {k: from_json(types[k], v) for k, v in value.items() if k in types}
         return kind(**given)  # type: ignore[operator]
@@ -845,9 +875,16 @@ def from_json(kind: Any, value: Any) -> Any:
 
 def _from_plain(kind: Any, value: Any) -> Any:
     if kind is float and type(value) is int or kind is int and type(value) is float:
+        if kind(value) != value:
+            raise ValueError(f"{value!r} is no {kind.__name__}")
         return kind(value)  # to JSON, 1 and 1.0 are one number
     if isinstance(kind, type) and issubclass(kind, Enum):
         return kind(value)
+    if (
+        kind in (str, int, float, bool, type(None), dict, list)
+        and type(value) is not kind
+    ):
+        raise TypeError(f"{_shorten(repr(value))} is no {kind.__name__}")
     return value
 
 
@@ -856,18 +893,17 @@ def _from_union(members: tuple[Any, ...], value: Any) -> Any:
         return value
     for member in members:
         try:
-            found = from_json(member, value)
+            return from_json(member, value)
         except (TypeError, ValueError, AttributeError):
             continue
-        if not isinstance(member, type) or isinstance(found, member):
-            return found
-    return value
+    raise TypeError(f"{_shorten(repr(value))} is none of {members}")
 
 
 # ---------------------------------------------------------------------------
 # Environment clients
 # ---------------------------------------------------------------------------
 
+T = TypeVar("T")
 ActT = TypeVar("ActT")
 ObsT = TypeVar("ObsT")
 StateT = TypeVar("StateT")
@@ -938,7 +974,7 @@ class EnvClient(Generic[ActT, ObsT, StateT]):
             ConnectionError: the server cannot be reached, or went away.
             TimeoutError: no answer in time.
         """
-        return self._parse_result(self._call("reset", kwargs, {}))
+        return self._read(self._parse_result, self._call("reset", kwargs, {}))
 
     def step(self, action: ActT, **kwargs: Any) -> StepResult[ObsT]:
         """Act once. Raises what `reset` raises.
@@ -946,13 +982,12 @@ class EnvClient(Generic[ActT, ObsT, StateT]):
         Over HTTP ``kwargs`` (``timeout_s``, ``request_id``, ...) are sent beside the action;
         OpenEnv's WebSocket message has no place for them, so there they are dropped.
         """
-        return self._parse_result(
-            self._call("step", self._step_payload(action), kwargs)
-        )
+        answer = self._call("step", self._step_payload(action), kwargs)
+        return self._read(self._parse_result, answer)
 
     def state(self) -> StateT:
         """Ask where the episode stands. Raises what `reset` raises."""
-        return self._parse_state(self._call("state", {}, {}))
+        return self._read(self._parse_state, self._call("state", {}, {}))
 
     def close(self) -> None:
         """End the session, and stop the container if this client started one.
@@ -1018,8 +1053,11 @@ class EnvClient(Generic[ActT, ObsT, StateT]):
         return payload
 
     def _parse_result(self, payload: dict[str, Any]) -> StepResult[ObsT]:
-        reward, done = payload.get("reward"), payload.get("done", False)
-        fields = payload["observation"]
+        reward = payload.get("reward")
+        if reward is not None:
+            reward = from_json(float, reward)
+        done = from_json(bool, payload.get("done", False))
+        fields = from_json(dict, payload["observation"])
         if self.observation_type is not dict:
             fields = {**fields, "reward": reward, "done": done}
         return StepResult(from_json(self.observation_type, fields), reward, done)
@@ -1032,17 +1070,23 @@ class EnvClient(Generic[ActT, ObsT, StateT]):
         self, kind: str, data: dict[str, Any], extra: dict[str, Any]
     ) -> dict[str, Any]:
         """Exchange one request for one answer, one caller at a time."""
+        self._refuse_fork()
+        with self._lock:
+            return self._exchange(kind, data, extra)
+
+    def _refuse_fork(self) -> None:
         if os.getpid() != self._pid:
             raise ConnectionError(
                 "this client was made before a fork: make one in this process"
             )
-        with self._lock:
-            answer = self._exchange(kind, data, extra)
-        if kind != "state" and not isinstance(answer.get("observation"), dict):
+
+    def _read(self, parse: Callable[[dict[str, Any]], T], answer: dict[str, Any]) -> T:
+        try:
+            return parse(answer)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ConnectionError(
-                "the answer holds no observation; is this an OpenEnv server?"
-            )
-        return answer
+                f"the answer is not as it should be: {error}"
+            ) from error
 
     def _exchange(
         self, kind: str, data: dict[str, Any], extra: dict[str, Any]
@@ -1097,6 +1141,7 @@ class WebSocketEnvClient(EnvClient[ActT, ObsT, StateT]):
             ConnectionError: the server cannot be reached, or refused.
         """
         assert isinstance(self, WebSocketEnvClient)
+        self._refuse_fork()
         with self._lock:
             if self._ws is None:
                 self._ws = WebSocket.connect(
@@ -1155,10 +1200,8 @@ class WebSocketEnvClient(EnvClient[ActT, ObsT, StateT]):
 
     def _ask(self, ws: WebSocket, kind: str, text: str) -> dict[str, Any]:
         """Send one message and return the ``data`` of the answer to it."""
-        if ws.unread:
-            ws.tend()  # it may be a ping that came with the last answer
-            if ws.unread:  # but a server speaks unasked only to say that it is full
-                _answer_data(ws.recv(), "error")
+        if ws.tend(wait=True):  # a server speaks unasked only to say that it is full
+            _answer_data(ws.recv(), "error")
         if self._trace:
             self._trace(f"   {_meaning(kind)}")
         ws.send(text)
@@ -1173,7 +1216,9 @@ class WebSocketEnvClient(EnvClient[ActT, ObsT, StateT]):
 
 def _answer_data(answer: str | bytes, expected: str) -> dict[str, Any]:
     try:
-        message = json.loads(answer)
+        message = json.loads(
+            answer if isinstance(answer, str) else "", parse_constant=_no_json
+        )
         kind, data = message["type"], message["data"]
         if kind == "error":
             error = ServerError(
@@ -1185,12 +1230,16 @@ def _answer_data(answer: str | bytes, expected: str) -> dict[str, Any]:
             raise ValueError
         else:
             return data
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ConnectionError(
             f"the server sent {_shorten(repr(answer))} where a message of type "
             f"{expected!r} was due"
         ) from None
     raise error
+
+
+def _no_json(text: str) -> float:
+    raise ValueError(f"{text} is not JSON")
 
 
 def _meaning(kind: str) -> str:
@@ -1231,7 +1280,10 @@ class _Keeper:
                     self._thread = None
                     return
             for ws in watched:
-                ws.tend()
+                try:
+                    ws.tend()
+                except Exception:  # noqa: BLE001  # whatever a trace raises ends but its own
+                    ws.drop()
             del ws, watched  # else a forgotten client would live on in here
 
 
@@ -1269,7 +1321,8 @@ class HTTPEnvClient(EnvClient[ActT, ObsT, StateT]):
         self._headers = {"X-Session-Id": str(uuid.uuid4()), **(default_headers or {})}
         self._timeout = float(request_timeout_s)
         self._open = False  # whether there may be a session to close
-        self._opener = _http_opener(self._host)
+        self._opener = _http_opener(self._host, trace)
+        _refuse_control_characters(self._headers)
 
     def _exchange(
         self, kind: str, data: dict[str, Any], extra: dict[str, Any]
@@ -1289,40 +1342,35 @@ class HTTPEnvClient(EnvClient[ActT, ObsT, StateT]):
         import urllib.request  # here, since a WebSocket client does not need it
         from http.client import HTTPException
 
+        url, headers = self._url + path, dict(self._headers)
         data = None if body is None else encode_json(body).encode()
-        headers = dict(self._headers)
         if data is not None:
             headers["Content-Type"] = "application/json"
-        request = urllib.request.Request(self._url + path, data, headers, method=method)
-        if self._trace:
-            _trace_request(self._trace, request)
+        request = urllib.request.Request(url, data, headers, method=method)
         try:
-            with self._opener.open(request, timeout=self._timeout) as response:
-                text = response.read()
-                if self._trace:
-                    _trace_response(self._trace, response, text)
-                answer = json.loads(text)
-        except urllib.request.HTTPError as error:
-            text = error.read()
-            if self._trace:
-                _trace_response(self._trace, error, text)
-            raise _server_error(error.code, text) from None
+            try:
+                response = self._opener.open(request, timeout=self._timeout)
+            except urllib.request.HTTPError as error:
+                response = error
+            with response:
+                status, text = response.status, response.read()
         except (OSError, HTTPException) as error:
             cause = getattr(error, "reason", error)
             if isinstance(cause, socket.timeout):
-                raise TimeoutError(
-                    f"no answer from {self._url}{path} in {self._timeout:g} s"
-                ) from None
-            raise ConnectionError(
-                f"no answer from {self._url}{path}: {cause}"
-            ) from error
-        except ValueError:
-            raise ConnectionError(
-                f"{self._url}{path} answered with something else than JSON"
-            ) from None
+                late = f"no answer from {url} within {self._timeout:g} s"
+                raise TimeoutError(late) from None
+            raise ConnectionError(f"no answer from {url}: {cause!r}") from error
+        if self._trace:
+            _trace_response(self._trace, response, text)
+        if status != 200:
+            raise _server_error(status, text)
+        try:
+            answer = json.loads(text, parse_constant=_no_json)
+        except (ValueError, RecursionError):
+            answer = None
         if not isinstance(answer, dict):
             raise ConnectionError(
-                f"{self._url}{path} answered with something else than an object"
+                f"{url} answered {_shorten(repr(text))}, no JSON object"
             )
         return answer
 
@@ -1335,16 +1383,22 @@ class HTTPEnvClient(EnvClient[ActT, ObsT, StateT]):
                 pass  # the server does not know sessions, or is gone, and so is the session
 
 
-def _http_opener(host: str) -> Any:
+def _http_opener(host: str, trace: Trace | None = None) -> Any:
     """urllib without redirects, which an API does not need and which leak headers."""
+    from http.client import HTTPConnection, HTTPSConnection
     from urllib import request
 
     loopback = host == "localhost" or host.startswith("127.") or host == "::1"
+    http, https = request.HTTPHandler(), request.HTTPSHandler()
+    if trace:
+        plain, secure = (_traced(c, trace) for c in (HTTPConnection, HTTPSConnection))
+        http.http_open = lambda req: http.do_open(plain, req)  # type: ignore[method-assign]
+        https.https_open = lambda req: https.do_open(secure, req)  # type: ignore[method-assign]
     opener = request.OpenerDirector()
     for handler in (
         request.ProxyHandler({} if loopback else None),
-        request.HTTPHandler(),
-        request.HTTPSHandler(),
+        http,
+        https,
         request.HTTPErrorProcessor(),
         request.HTTPDefaultErrorHandler(),
     ):
@@ -1352,26 +1406,31 @@ def _http_opener(host: str) -> Any:
     return opener
 
 
+def _traced(connection: Any, trace: Trace) -> Any:
+    """A class of connections that shows what it sends."""
+
+    def send(self: Any, data: bytes) -> None:
+        head, _, body = data.partition(b"\r\n\r\n")
+        _trace_text(trace, "->", head)
+        if body:
+            trace(f"-> {_shorten(body.decode(errors='replace'))}")
+        connection.send(self, data)
+
+    return type("TracedConnection", (connection,), {"send": send})
+
+
 def _server_error(status: int, text: bytes) -> ServerError:
     """Make of an HTTP error what a WebSocket error message would have been."""
     try:
         body = json.loads(text)
-        detail = body["detail"]
-        code = body.get("code")
-    except (ValueError, KeyError, TypeError):
+        detail, code = body["detail"], body.get("code")
+        if isinstance(detail, list):
+            words = [f"{'.'.join(map(str, d['loc']))}: {d['msg']}" for d in detail]
+            code = code or "VALIDATION_ERROR"
+            return ServerError("; ".join(words), code, detail)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         detail, code = _shorten(text.decode(errors="replace")), None
-    if isinstance(detail, list):
-        faults = [f"{'.'.join(map(str, d['loc']))}: {d['msg']}" for d in detail]
-        return ServerError("; ".join(faults), code or "VALIDATION_ERROR", detail)
     return ServerError(str(detail), code or f"HTTP_{status}")
-
-
-def _trace_request(trace: Trace, request: Any) -> None:
-    trace(f"-> {request.get_method()} {request.selector} HTTP/1.1")
-    for name, value in [("Host", request.host), *request.header_items()]:
-        trace(f"-> {name}: {value}")
-    if request.data is not None:
-        trace(f"-> {_shorten(request.data.decode())}")
 
 
 def _trace_response(trace: Trace, response: Any, text: bytes) -> None:
@@ -1751,6 +1810,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             _run_bench(options)
         else:
             _run_messages(options)
+    except ImportError:
+        parser.error("server.py is not beside client.py: give --url")
     except (OSError, RuntimeError, ValueError) as error:
         parser.error(str(error))
     return 0
@@ -1796,7 +1857,10 @@ def _run_bench(options: Any) -> None:
         command += ["--max-concurrent-envs", str(options.sessions)]
         server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert server.stdout
-        options.url = server.stdout.readline().partition(" on ")[2].partition(": ")[0]
+        line = server.stdout.readline()
+        if not line:
+            raise ImportError
+        options.url = line.partition(" on ")[2].partition(": ")[0]
     on_terminal = sys.stderr.isatty()
     raise_file_limit()
     try:

@@ -73,7 +73,7 @@ HEADER_SECONDS = (
 )
 IDLE_SECONDS = 60.0  # for a kept-alive connection to send its next request
 LINGER_SECONDS = 2.0  # for a peer to close its end after the server has closed its own
-GRACE_SECONDS = 4.0  # for steps in progress when the server is told to stop
+GRACE_SECONDS = 3.5  # for steps in progress when the server is told to stop
 TICK_SECONDS = 0.2  # between two looks at all connections
 SLOWEST_RATE = 50_000  # bytes per second below which a peer is taken to be stalling
 MAX_LINE, MAX_HEADERS = 65536, 100  # bytes of a request's head, and lines in it
@@ -351,7 +351,8 @@ def parse_json(text: str | bytes, loc: Loc) -> Any:
     except UnicodeDecodeError:
         reason = "it is not valid UTF-8"
     except ValueError as error:
-        reason = str(error)
+        digits = "integer string conversion" in str(error)  # of Python, for Python
+        reason = "a number has too many digits" if digits else str(error)
     message = f"Invalid JSON: {reason}"
     fault = {"type": "json_invalid", "loc": list(loc), "msg": message, "input": {}}
     raise Failure(422, message, "INVALID_JSON", errors=[fault])
@@ -431,17 +432,20 @@ class Session:
             return
         try:
             self._env = self.app.env()
-        except (Exception, SystemExit) as error:
+        except BaseException as error:
             log.exception("the environment could not be created")
             name = getattr(self.app.env, "__name__", type(self.app.env).__name__)
             self.end()
             raise Failure(
                 500,
-                f"{name}: {error or type(error).__name__}",
+                f"{name}: {_words(error)}",
                 "FACTORY_ERROR",
                 factory_name=name,
             ) from error
         log.info("session %s opened", self)
+        if self.ended:  # the server was stopped meanwhile
+            self._close()
+            raise Failure(503, "The server is shutting down", "SESSION_ERROR")
 
     def end(self) -> None:
         """Close the environment and free its place. Only the first call does anything."""
@@ -449,20 +453,22 @@ class Session:
             if self.ended:
                 return
             self.ended = True
-        try:
-            if self._env is not None and hasattr(self._env, "close"):
-                self._run(self._env.close)
-            if self._loop is not None:
-                self._loop.close()
-        except (Exception, SystemExit):
-            log.exception("closing the environment of session %s failed", self)
-        finally:
-            self.app.remove(self)
+        self._close()
+
+    def _close(self) -> None:
         if self._env is not None:
+            try:
+                if hasattr(self._env, "close"):
+                    self._run(self._env.close)
+                if self._loop is not None:
+                    self._loop.close()
+            except BaseException:
+                log.exception("closing the environment of session %s failed", self)
             seconds = time.monotonic() - self.opened
             log.info(
                 "session %s closed after %d steps in %.1f s", self, self.steps, seconds
             )
+        self.app.remove(self)
 
     def reset(self, data: dict[str, Any], loc: Loc) -> str:
         """Begin an episode; return the JSON of OpenEnv's observation answer."""
@@ -505,7 +511,7 @@ class Session:
         """Return the JSON of the environment's state."""
         try:
             return client.encode_json(self._env.state)
-        except (Exception, SystemExit) as error:
+        except BaseException as error:
             raise _execution(error) from error
 
     def answer(self, text: str | bytes) -> str | None:
@@ -563,7 +569,7 @@ class Session:
             return client.encode_json(
                 {"observation": fields, "reward": reward, "done": done}
             )
-        except (Exception, SystemExit) as error:
+        except BaseException as error:
             raise _execution(error) from error
 
     def _run(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -582,9 +588,17 @@ class Session:
         return ascii(self.key) if self.key != SHARED else "(shared)"
 
 
+def _words(error: BaseException) -> str:
+    """What an environment's exception says, or its name if it says nothing."""
+    try:
+        return str(error) or type(error).__name__
+    except Exception:  # noqa: BLE001  # an exception's own __str__ may raise anything
+        return type(error).__name__
+
+
 def _execution(error: BaseException) -> Failure:
     log.error("the environment failed", exc_info=error)
-    return Failure(500, str(error) or type(error).__name__, "EXECUTION_ERROR")
+    return Failure(500, _words(error), "EXECUTION_ERROR")
 
 
 @functools.lru_cache(maxsize=64)
@@ -689,14 +703,23 @@ class App:
         self.action_cls = action_cls
         self.max_concurrent_envs = max_concurrent_envs
         self.session_timeout = session_timeout or float("inf")
+        if not max_message_mb > 0 or not session_timeout >= 0:
+            raise ValueError(
+                "max_message_mb must be above 0, session_timeout not below"
+            )
         self.max_message_size = int(max_message_mb * (1 << 20))
         self.allow_origins = allow_origins
-        self.action_schema = json_schema(action_cls)
-        self.schemas = {
-            "action": self.action_schema,
-            "observation": json_schema(observation_cls),
-            "state": _state_schema(env),
-        }
+        try:
+            self.schemas = {
+                "action": json_schema(action_cls),
+                "observation": json_schema(observation_cls),
+                "state": _state_schema(env),
+            }
+        except RecursionError:
+            raise TypeError(
+                "a dataclass that contains itself has no schema here"
+            ) from None
+        self.action_schema = self.schemas["action"]
         self.metadata = _metadata(env, env_name)
         self.lock = threading.Lock()  # guards the sessions' comings and goings
         self._sessions: dict[object, Session] = {}
@@ -784,13 +807,16 @@ class App:
             ]
         for session in idle:
             session.used = now  # so that this happens once
-            threading.Thread(target=self._expire, args=(session,), daemon=True).start()
+            threading.Thread(
+                target=self._expire, args=(session, now), daemon=True
+            ).start()
 
-    def _expire(self, session: Session) -> None:
+    def _expire(self, session: Session, seen: float) -> None:
         with (
             session.lock
-        ):  # an environment may be slow to close, and this is its own thread
-            session.end()
+        ):  # an environment may be slow to close: this is its own thread
+            if session.used == seen:  # still nobody has used it
+                session.end()
 
     def end_all(self) -> None:
         """Close every environment, also one that is stuck in a step, in bounded time."""
@@ -868,9 +894,8 @@ def _metadata(env: Any, name: str | None) -> dict[str, Any]:
 _REQUEST_LINE = re.compile(
     r"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([!-~\x80-\xff]+) HTTP/([0-9])\.([0-9])"
 )
-_FIELD_LINE = re.compile(
-    r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*?)[ \t]*"
-)
+_TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+_CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -894,7 +919,7 @@ class Handler(BaseHTTPRequestHandler):
         self.unread = False  # whether the peer may be sending what nobody will read
         self.websocket: client.WebSocket | None = None
         self.session: Session | None = None  # the WebSocket's
-        self.server.connections.add(self)
+        self.server.note(self, present=True)
 
     def finish(self) -> None:
         try:
@@ -903,7 +928,7 @@ class Handler(BaseHTTPRequestHandler):
                 self.deadline = time.monotonic() + LINGER_SECONDS
                 client.linger(self.connection, self.deadline, first=True)
         finally:
-            self.server.connections.discard(self)
+            self.server.note(self, present=False)
 
     # -- what other threads call ---------------------------------------------
 
@@ -913,7 +938,7 @@ class Handler(BaseHTTPRequestHandler):
             self.cut()
         elif self.websocket is not None:
             self.websocket.tend()
-            if self.websocket.stalled(HEADER_SECONDS):
+            if self.websocket.stalled(HEADER_SECONDS, SLOWEST_RATE):
                 self.cut()
             elif self.session and now - self.session.used > self.app.session_timeout:
                 self.say_goodbye(
@@ -978,6 +1003,8 @@ class Handler(BaseHTTPRequestHandler):
         self.request_version = f"HTTP/1.{match[4]}"
         if not self._parse_fields():
             return False
+        has_body = {"content-length", "transfer-encoding"} & set(self.fields)
+        self.unread = bool(has_body)
         connection = _tokens(self.fields.get("connection"))
         keep = "close" not in connection and (
             match[4] != "0" or "keep-alive" in connection
@@ -1000,14 +1027,13 @@ class Handler(BaseHTTPRequestHandler):
                 return True
             if not line.endswith(b"\n"):
                 return False  # the peer went away
-            match = _FIELD_LINE.fullmatch(line.decode("latin-1").rstrip("\r\n"))
-            if match is None:
+            name, colon, value = line.decode("latin-1").rstrip("\r\n").partition(":")
+            if not (colon and _TOKEN.fullmatch(name)) or _CONTROL.search(value):
                 self.send_error(400, "a header line is not: Name: value")
                 return False
-            name, value = match[1].lower(), match[2]
-            self.fields[name] = (
-                f"{self.fields[name]}, {value}" if name in self.fields else value
-            )
+            name, value = name.lower(), value.strip(" \t")
+            joined = f"{self.fields[name]}, {value}" if name in self.fields else value
+            self.fields[name] = joined
 
     def _serve(self) -> None:
         """Answer one request."""
@@ -1044,8 +1070,10 @@ class Handler(BaseHTTPRequestHandler):
     do_TRACE = do_CONNECT = _serve
 
     def _decoded_path(self) -> str:
+        if self.path.startswith("/"):
+            return unquote(self.path.partition("?")[0])
         try:
-            return unquote(urlsplit(self.path).path)
+            return unquote(urlsplit(self.path).path)  # GET http://host/path
         except ValueError:
             raise Failure(400, "the request target is no path") from None
 
@@ -1090,9 +1118,9 @@ class Handler(BaseHTTPRequestHandler):
             self.fields.get("content-length"),
             self.fields.get("transfer-encoding"),
         )
-        if length is not None and coding is not None:
+        if coding is not None and (length or self.request_version == "HTTP/1.0"):
             raise self._unreadable(
-                400, "send Content-Length or Transfer-Encoding, not both"
+                400, "send either Content-Length or, with HTTP/1.1, Transfer-Encoding"
             )
         if coding is not None and coding.lower() != "chunked":
             raise self._unreadable(501, "the only Transfer-Encoding known is chunked")
@@ -1108,18 +1136,14 @@ class Handler(BaseHTTPRequestHandler):
         if coding is None and not int(length or 0):
             self.unread = False
             return b""
-        media, _, parameters = self.fields.get(
-            "content-type", "application/json"
-        ).partition(";")
-        charset = parameters.lower().replace('"', "").replace(" ", "")
-        if (
-            self.command == "POST"
-            and self.path != "/mcp"
-            and (
-                media.strip().lower() != "application/json"
-                or charset not in ("", "charset=utf-8")
-            )
-        ):
+        media, *parameters = (
+            part.strip().lower().replace('"', "")
+            for part in self.fields.get("content-type", "application/json").split(";")
+        )
+        other = [
+            p for p in parameters if p.startswith("charset=") and p != "charset=utf-8"
+        ]
+        if self.path != "/mcp" and (media != "application/json" or other):
             raise self._unreadable(
                 415,
                 "the body must be JSON in UTF-8: with curl, add -H 'Content-Type: application/json'",
@@ -1127,7 +1151,8 @@ class Handler(BaseHTTPRequestHandler):
         if expect:
             self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
             self.wfile.flush()
-        body = self._read_chunks() if coding else self._read_exactly(int(length or 0))
+        began, size = time.monotonic(), int(length or 0)
+        body = self._read_chunks(began) if coding else self._read_exactly(size, began)
         self.unread = False
         return body
 
@@ -1135,23 +1160,28 @@ class Handler(BaseHTTPRequestHandler):
         self.close_connection = True  # where the next request begins is not known
         return Failure(status, message)
 
-    def _read_exactly(self, size: int) -> bytes:
-        """Read ``size`` bytes from a peer that may be slow, but not stall."""
+    def _expect_more(self, began: float, received: int) -> None:
+        """Give the peer time for more of a body: it may be slow, but not stall."""
+        now = time.monotonic()
+        slowest = began + HEADER_SECONDS + received / SLOWEST_RATE
+        self.deadline = min(now + HEADER_SECONDS, slowest)
+
+    def _read_exactly(self, size: int, began: float, before: int = 0) -> bytes:
+        """Read ``size`` bytes of a body, after those ``before``."""
         body = bytearray()
-        last = time.monotonic() + HEADER_SECONDS + size / SLOWEST_RATE
         while len(body) < size:
-            self.deadline = min(time.monotonic() + HEADER_SECONDS, last)
+            self._expect_more(began, before + len(body))
             data = self.rfile.read1(min(size - len(body), 1 << 20))
             if not data:
                 raise ConnectionError("the peer went away within a body")
             body += data
         return bytes(body)
 
-    def _read_chunks(self) -> bytes:
+    def _read_chunks(self, began: float) -> bytes:
         """Decode ``Transfer-Encoding: chunked`` (RFC 9112 section 7.1)."""
         body = bytearray()
         while True:
-            self.deadline = time.monotonic() + HEADER_SECONDS
+            self._expect_more(began, len(body))
             line = self.rfile.readline(MAX_LINE)
             match = re.fullmatch(rb"([0-9A-Fa-f]{1,15})[ \t]*(;[^\r\n]*)?\r?\n", line)
             if match is None:
@@ -1163,7 +1193,7 @@ class Handler(BaseHTTPRequestHandler):
                 )
             if not size:
                 break
-            body += self._read_exactly(size)
+            body += self._read_exactly(size, began, len(body))
             if self.rfile.readline(3).rstrip(b"\r\n"):
                 raise self._unreadable(400, "a chunk is longer than its size")
         fields = self.fields
@@ -1386,7 +1416,7 @@ class Handler(BaseHTTPRequestHandler):
         headers = {
             "Location": REDIRECTS[self.path]
         }  # relative: there may be a path prefix
-        self._respond(307, b"", headers=headers)
+        self._respond(307, b"", "text/plain", headers)
 
     def _send_json(self, text: str) -> None:
         self._respond(200, text.encode())
@@ -1425,9 +1455,10 @@ def _authority(text: str) -> str:
 
 
 def _is_loopback(authority: str) -> bool:
-    host = (
-        (urlsplit(f"//{authority}").hostname or "") if authority.count("]") < 2 else ""
+    match = re.fullmatch(
+        r"(?:\[([0-9a-f:.]+)\]|([^:/?#@\\\[\]]+))(?::[0-9]+)?", authority
     )
+    host = (match[1] or match[2]) if match else ""
     if host == "localhost" or host.endswith(".localhost"):
         return True
     try:
@@ -1456,6 +1487,7 @@ class Server(ThreadingHTTPServer):
         self.address_family = socket.getaddrinfo(host, port)[0][0]
         self.app = app
         self.connections: set[Handler] = set()
+        self._lock = threading.Lock()  # guards them
         self.stopping = False
         self.loopback = _is_loopback(f"[{host}]" if ":" in host else host)
         hosts = [*app.allow_origins, os.environ.get("SPACE_HOST", "")]
@@ -1475,6 +1507,11 @@ class Server(ThreadingHTTPServer):
         host, port = self.server_address[:2]
         name = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(str(host), str(host))
         return f"http://{f'[{name}]' if ':' in name else name}:{port}"
+
+    def note(self, connection: Handler, present: bool) -> None:
+        """Note that a connection has come or gone."""
+        with self._lock:
+            (self.connections.add if present else self.connections.discard)(connection)
 
     def serve_forever(self, poll_interval: float = TICK_SECONDS) -> None:
         super().serve_forever(poll_interval)
@@ -1502,9 +1539,23 @@ class Server(ThreadingHTTPServer):
         if now < self._next_look:
             return
         self._next_look = now + TICK_SECONDS
-        for connection in tuple(self.connections):
-            connection.tend(now)
-        self.app.expire(now)
+        self._look_after(now)
+
+    def _look_after(self, now: float) -> None:
+        """Tend every connection; what goes wrong with one must not stop this for all."""
+        for connection in self._all():
+            try:
+                connection.tend(now)
+            except Exception:
+                log.exception("looking after %s failed", connection.client_address)
+        try:
+            self.app.expire(now)
+        except RuntimeError:
+            log.exception("no thread could be started to close idle sessions")
+
+    def _all(self) -> list[Handler]:
+        with self._lock:
+            return list(self.connections)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         error = sys.exc_info()[1]
@@ -1525,11 +1576,11 @@ class Server(ThreadingHTTPServer):
         self.server_close()
         deadline = time.monotonic() + GRACE_SECONDS
         while self.connections and time.monotonic() < deadline:
-            for connection in tuple(self.connections):
+            for connection in self._all():
                 connection.say_goodbye("the server is shutting down")
-                connection.tend(time.monotonic())
+            self._look_after(time.monotonic())
             time.sleep(0.02)
-        for connection in tuple(self.connections):
+        for connection in self._all():
             connection.cut()
         self.app.end_all()
 
@@ -1843,9 +1894,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if options.reload:
         return _reload(sys.argv[1:] if argv is None else argv, options.env)
-    logging.basicConfig(
-        level=options.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s"
-    )
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logging.basicConfig(level=options.log_level.upper(), handlers=[handler])
     try:
         env, action_cls, observation_cls = load_environment(options.env)
         app = create_app(
@@ -1864,13 +1915,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"cannot listen on {options.host} port {options.port}: {error}")
     client.raise_file_limit()
     sys.setswitchinterval(0.02)  # of many busy threads each gets more done per turn
-    url = server.url
-    print(
-        f"{app.metadata['name']} on {url}: play at {url}/web, API at {url}/docs",
-        flush=True,
-    )
-    _serve_until_signal(server)
-    return 0
+    _stop_on_signals(server)
+    url, name = server.url, app.metadata["name"]
+    print(f"{name} on {url}: play at {url}/web, API at {url}/docs", flush=True)
+    server.serve_forever()
+    server.stop()
+    logging.shutdown()
+    os._exit(
+        0
+    )  # an environment that is stuck in a thread of its own cannot hold this up
+
+
+class _Formatter(logging.Formatter):
+    """Escapes what could forge a line or steer a terminal; indents all lines but the first."""
+
+    _ESCAPES = {  # noqa: RUF012
+        c: f"\\x{c:02x}" for c in [*range(32), *range(127, 160)] if chr(c) not in "\t\n"
+    }
+
+    def format(self, record: logging.LogRecord) -> str:
+        return super().format(record).translate(self._ESCAPES).replace("\n", "\n    ")
 
 
 def load_environment(name: str) -> tuple[Callable[[], Any], type, type]:
@@ -1900,8 +1964,8 @@ def load_environment(name: str) -> tuple[Callable[[], Any], type, type]:
     return env, action_cls, observation_cls
 
 
-def _serve_until_signal(server: Server) -> None:
-    """Serve until SIGINT or SIGTERM; a second one ends the process at once."""
+def _stop_on_signals(server: Server) -> None:
+    """Let SIGINT and SIGTERM end `serve_forever`; a second one ends the process at once."""
     import signal
 
     def stop(signum: int, frame: Any) -> None:
@@ -1912,8 +1976,6 @@ def _serve_until_signal(server: Server) -> None:
 
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, stop)
-    server.serve_forever()
-    server.stop()
 
 
 def _reload(argv: Sequence[str], env: str) -> int:
@@ -1984,8 +2046,1213 @@ def page(path: str) -> tuple[bytes, str]:
     return text.encode(), policy
 
 
-# PAGES
-STYLE = WEB_BODY = WEB_SCRIPT = DOCS_BODY = DOCS_SCRIPT = COMMON_SCRIPT = ""
+STYLE = r"""
+:root {
+  color-scheme: light dark;
+  --page: #f6f6f3; --card: #ffffff; --inset: #f3f3ef; --line: #dcdcd5; --edge: #85867f;
+  --text: #1d1f23; --muted: #5b5e66; --accent: #1b5cc4; --on-accent: #ffffff;
+  --second: #a64b00; --good: #14713f; --bad: #b3261e;
+  --small: 0.8125rem; --normal: 0.9375rem; --large: 1.125rem; --huge: 1.5rem; --gap: 1.25rem;
+  --mono: ui-monospace, SFMono-Regular, Menlo, Consolas, monospace;
+}
+@media (prefers-color-scheme: dark) {
+  :root {
+    --page: #121316; --card: #1a1c20; --inset: #131519; --line: #30333a; --edge: #7b7f88;
+    --text: #e8e8e5; --muted: #a4a8b1; --accent: #82b1ff; --on-accent: #0c1526;
+    --second: #f2a65e; --good: #6fd095; --bad: #ff9188;
+  }
+}
+
+/* Text */
+* { box-sizing: border-box; }
+[hidden] { display: none !important; }
+body { margin: 0; background: var(--page); color: var(--text); }
+body, button, input, select, textarea { font: var(--normal)/1.5 system-ui, sans-serif; }
+h1, h2, h3, h4, p, dl, dd, ol, ul, pre { margin: 0; padding: 0; }
+h1, h2 { font-size: var(--large); line-height: 1.3; }
+h3 { margin: var(--gap) 0 0.375rem; font-size: var(--normal); }
+h2 + p, h2 + dl, h2 + .fields { margin-top: 0.5rem; }
+h4, .muted, .note, dt { color: var(--muted); font-size: var(--small); font-weight: normal; }
+a { color: var(--accent); }
+pre, code, kbd, .code, .values dd, #history td { font-family: var(--mono); font-size: var(--small); }
+pre, .values dd, #history td, .wire code { white-space: pre-wrap; overflow-wrap: anywhere; }
+pre { overflow: auto; max-height: 24rem; padding: 0.75rem; border-radius: 6px; background: var(--inset); }
+kbd { padding: 0 0.3em; border: 1px solid var(--line); border-radius: 4px; }
+summary { border-radius: 4px; cursor: pointer; }
+details > pre, .row + pre { margin-top: 0.375rem; }
+:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
+.good { color: var(--good); }
+.fault, .field [aria-invalid=true] + .note { color: var(--bad); }
+.sr { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
+
+/* The frame: a bar that stays in sight, then cards */
+.bar {
+  position: sticky; top: 0; z-index: 1; min-height: 3.75rem; padding: 0.625rem var(--gap);
+  display: flex; flex-wrap: wrap; align-items: center; gap: 0.375rem 1rem;
+  border-bottom: 1px solid var(--line); background: var(--card);
+}
+.bar h1 { flex: 1 1 50%; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+.bar nav { display: flex; gap: 1rem; }
+main { display: grid; grid-template-columns: minmax(0, 1fr); gap: var(--gap); padding: var(--gap); }
+.play { max-width: 120rem; margin: auto; }
+.column { display: contents; }
+.quick { order: 1; }
+.lead { min-height: 1.5em; color: var(--muted); }
+section { padding: var(--gap); border: 1px solid var(--line); border-radius: 10px; background: var(--card); }
+.row { display: flex; flex-wrap: wrap; align-items: center; gap: 0.5rem 0.75rem; }
+.row > p { flex: 1; }
+
+/* Controls */
+button {
+  min-height: 2.25rem; padding: 0 0.875rem; border: 1px solid var(--edge); border-radius: 6px;
+  background: var(--card); color: inherit; cursor: pointer;
+}
+button:hover, button[aria-pressed=true] { border-color: var(--accent); color: var(--accent); }
+button.primary { border-color: var(--accent); background: var(--accent); color: var(--on-accent); }
+button.primary:hover { filter: brightness(1.1); }
+button.quiet { min-height: 1.75rem; padding: 0 0.625rem; border-color: var(--line); font-size: var(--small); }
+button:disabled { border-color: var(--line); background: var(--inset); color: var(--muted); cursor: default; }
+input, select, textarea {
+  display: block; width: 100%; min-height: 2.25rem; padding: 0.375rem 0.625rem;
+  border: 1px solid var(--edge); border-radius: 6px; background: var(--card); color: inherit;
+}
+input[type=checkbox] { width: 1.125rem; min-height: 1.125rem; accent-color: var(--accent); }
+textarea { min-height: 3.75rem; max-height: 16rem; resize: vertical; field-sizing: content; }
+textarea[rows="1"] { min-height: 2.25rem; }
+::placeholder { color: var(--muted); opacity: 1; }
+form + form { margin-top: var(--gap); padding-top: var(--gap); border-top: 1px solid var(--line); }
+.fields { display: grid; gap: 0.5rem 0.75rem; margin-bottom: 0.5rem; }
+.pair { grid-template-columns: 1fr 1fr; }
+.field label { display: flex; flex-wrap: wrap; align-items: baseline; gap: 0 0.5rem; margin-bottom: 0.25rem; }
+.field:has([type=checkbox]) { display: grid; grid-template-columns: auto 1fr; gap: 0 0.5rem; }
+.field:has([type=checkbox]) label { order: 1; }
+.field:has([type=checkbox]) .note { order: 2; grid-column: 1 / -1; }
+.field [aria-invalid=true] { border-color: var(--bad); }
+.note { min-height: 1.5em; margin-top: 0.125rem; overflow-wrap: anywhere; }
+#action { min-height: 12rem; margin-top: 0.75rem; align-content: start; }
+#action-about { min-height: 1.5em; }
+
+/* The connection */
+#status { display: flex; flex: 1 1 30%; align-items: center; gap: 0.5rem; font-size: var(--small); }
+#status::before { flex: none; width: 0.625rem; height: 0.625rem; border-radius: 50%; content: ''; }
+#status::before { background: var(--muted); }
+#status[data-state=open]::before { background: var(--good); }
+#status[data-state=closed] { color: var(--bad); }
+#status[data-state=closed]::before { background: var(--bad); }
+#reconnect { font-size: var(--small); }
+#reconnect:disabled { visibility: hidden; }
+
+/* Now */
+.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(6.5rem, 1fr)); gap: 0.5rem; }
+.figures dd { font-size: var(--huge); line-height: 1.3; overflow-wrap: anywhere; }
+.figures dd, .number, time, .latency { font-variant-numeric: tabular-nums; }
+.values { display: grid; grid-template-columns: minmax(6rem, max-content) minmax(0, 1fr); }
+.values { gap: 0.25rem 1rem; align-content: start; min-height: 3rem; }
+.values dd { overflow: auto; max-height: 12rem; }
+#observation { min-height: 5.5rem; }
+#now { transition: opacity 0.2s; }
+#now[aria-busy] { opacity: 0.55; transition-delay: 0.3s; }
+
+/* The chart */
+#chart { display: block; width: 100%; height: 276px; margin-top: 0.75rem; }
+#chart text { fill: var(--muted); font-size: 12px; }
+#chart .reward { color: var(--accent); }
+#chart .total { color: var(--second); }
+#chart .title { fill: currentColor; }
+#chart .line { fill: none; stroke: currentColor; stroke-width: 1.5; stroke-linejoin: round; }
+#chart .dots { stroke: currentColor; stroke-width: 5; stroke-linecap: round; }
+#chart .axis path { stroke: var(--line); }
+#chart .axis .zero { stroke: var(--edge); }
+#chart .cursor { stroke: var(--muted); stroke-dasharray: 2 3; }
+#chart .reading { fill: var(--text); text-anchor: end; }
+
+/* Tables */
+.scroll { position: relative; overflow: auto; margin-top: 0.75rem; }
+.scroll { border: 1px solid var(--line); border-radius: 6px; }
+table { width: 100%; border-collapse: collapse; }
+th, td { padding: 0.375rem 0.5rem; font-size: var(--small); text-align: left; vertical-align: top; }
+th { position: sticky; top: 0; background: var(--inset); color: var(--muted); }
+td { border-top: 1px solid var(--line); }
+.play .scroll { height: 22rem; }
+.play table { min-width: 30rem; table-layout: fixed; }
+.play .number { width: 5rem; text-align: right; }
+.play .step { width: 3.5rem; }
+#history td { line-break: anywhere; }
+#history .muted { white-space: nowrap; }
+
+/* The wire */
+.wire { position: relative; overflow: auto; height: 32rem; margin-top: 0.75rem; list-style: none; }
+.wire:empty::before { color: var(--muted); content: 'No messages yet'; }
+.wire li { border-top: 1px solid var(--line); }
+.wire summary { display: flex; flex-wrap: wrap; gap: 0 0.75rem; padding: 0.375rem 0.25rem; }
+.wire, .wire summary { font-size: var(--small); }
+.wire summary code { flex-basis: 100%; padding-left: 1.6rem; }
+.wire .arrow { width: 1em; font-weight: bold; text-align: center; }
+.wire .sent .arrow { color: var(--accent); }
+.wire .received .arrow { color: var(--good); }
+.wire time, .wire .latency { color: var(--muted); }
+#quick { white-space: pre; }
+
+/* The API */
+.manual { display: grid; grid-template-columns: minmax(0, 1fr); max-width: 84rem; margin: auto; }
+.manual p + p { margin-top: 0.5rem; }
+.manual .fault:empty { display: none; }
+#contents { display: flex; flex-wrap: wrap; gap: 0.75rem 2rem; padding: var(--gap) var(--gap) 0; }
+#contents h2, #contents a { font-size: var(--small); }
+#contents a { display: block; padding: 0.125rem 0; color: inherit; text-decoration: none; }
+#contents a:hover { text-decoration: underline; }
+#contents ul, .outline { list-style: none; }
+#operations { display: grid; gap: var(--gap); }
+#operations > section > details { margin-top: 0.5rem; border-top: 1px solid var(--line); }
+#operations > section > details > summary { padding-top: 0.5rem; }
+#operations summary > code { margin-right: 0.75rem; font-weight: bold; }
+#operations details, #websocket { scroll-margin-top: 5rem; }
+.method { display: inline-block; min-width: 2.75rem; color: var(--good); font: bold 0.6875rem var(--mono); }
+.method.post { color: var(--accent); }
+.operation { padding: 0.5rem 0 var(--gap) 1rem; }
+.operation details { padding: 0.25rem 0; }
+.operation form, #console { display: grid; gap: 0.5rem; margin-top: 0.75rem; }
+.operation form, #console, .exchange { grid-template-columns: minmax(0, 1fr); }
+.outline { padding-left: 1rem; border-left: 2px solid var(--line); font-size: var(--small); }
+.outline li { padding: 0.125rem 0; overflow-wrap: anywhere; }
+.listing { margin-top: 0.5rem; }
+.listing h4 { flex: 1; }
+.listing button { border-color: transparent; color: var(--muted); }
+.exchange { display: grid; gap: 0 var(--gap); padding-top: 0.5rem; }
+#console + .wire { height: 20rem; }
+
+@media (min-width: 760px) {
+  .bar { flex-wrap: nowrap; }
+  .bar h1 { flex: 0 1 auto; }
+  .bar nav { order: 1; margin-left: auto; }
+  #name { min-width: 12rem; }
+  .column { display: grid; grid-template-columns: minmax(0, 1fr); gap: var(--gap); align-content: start; }
+  .play { grid-template-columns: minmax(18rem, 5fr) minmax(0, 8fr); }
+  .play .lead, .play .column:last-child { grid-column: 1 / -1; }
+}
+@media (min-width: 960px) {
+  .manual { grid-template-columns: 15rem minmax(0, 1fr); }
+  #contents { position: sticky; top: 4rem; align-self: start; flex-direction: column; padding-right: 0; }
+  .exchange { grid-template-columns: repeat(2, minmax(0, 1fr)); }
+  .exchange > p { grid-column: 1 / -1; }
+}
+@media (min-width: 1280px) {
+  .play { grid-template-columns: minmax(20rem, 24rem) minmax(0, 1fr) minmax(20rem, 28rem); }
+  .play .column:last-child { grid-column: auto; }
+  .aside { position: sticky; top: 5rem; }
+  .aside .wire { height: calc(100vh - 12rem); min-height: 24rem; }
+}
+@media (prefers-reduced-motion: reduce) { * { transition: none !important; } }
+"""
+
+COMMON_SCRIPT = r"""
+'use strict';
+
+// ---- Elements ------------------------------------------------------------------------------------------
+
+const $ = id => document.getElementById(id);
+
+/** Makes an element. Children that are strings become text, never HTML: so does all that a server says. */
+function el(tag, attributes = {}, ...children) {
+  const element = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) {
+    if (name.startsWith('on')) element.addEventListener(name.slice(2), value);
+    else if (value !== undefined && value !== false) element.setAttribute(name, value === true ? '' : value);
+  }
+  element.append(...children.filter(child => child !== undefined));
+  return element;
+}
+
+const clip = (text, limit) => text.length <= limit ? text : text.slice(0, limit) + '\u2026';
+
+/** Long text as several text nodes: one node of 100,000 mixed characters can take seconds to lay out. */
+const pieces = text => text.match(/.{1,2000}/gsu) ?? [];
+
+/** A text when it is short; else its beginning, which opens to the whole. */
+function fold(text, limit, whole = text => text) {
+  if (text.length <= limit) return el('span', {}, text);
+  const size = el('span', {class: 'muted'}, ` ${text.length.toLocaleString('en')} characters`);
+  return drawer([clip(text, limit), size], () => el('pre', {tabindex: 0}, ...pieces(whole(text))));
+}
+
+/** A <details> whose content is built when it is first opened. */
+function drawer(summary, content, attributes = {}) {
+  const details = el('details', attributes, el('summary', {}, ...summary));
+  details.addEventListener('toggle', () => details.append(content()), {once: true});
+  return details;
+}
+
+/** Copies the text of `source`: in the old way where the new one is not allowed (over http, in a frame). */
+function copyButton(source) {
+  const button = el('button', {type: 'button', class: 'quiet'}, 'Copy');
+  button.addEventListener('click', async () => {
+    const byHand = () => {
+      getSelection().selectAllChildren(source);
+      if (!document.execCommand('copy')) throw new Error('not allowed');
+    };
+    try {
+      await (navigator.clipboard?.writeText(source.textContent).catch(byHand) ?? byHand());
+      button.textContent = 'Copied';
+    } catch {
+      button.textContent = 'Press Ctrl+C';
+    }
+    setTimeout(() => { button.textContent = 'Copy'; }, 1500);
+  });
+  return button;
+}
+
+/** A function that has `draw` called at the next frame: once, however often it was asked for. */
+function perFrame(draw) {
+  let asked = false;
+  return () => {
+    if (!asked) requestAnimationFrame(() => { asked = false; draw(); });
+    asked = true;
+  };
+}
+
+// ---- Text ----------------------------------------------------------------------------------------------
+
+const CLOCK = new Intl.DateTimeFormat('en-GB', {
+  hour: '2-digit', minute: '2-digit', second: '2-digit', fractionalSecondDigits: 3,
+});
+
+const duration = ms => ms < 1000 ? `${ms.toFixed(1)} ms` : `${(ms / 1000).toFixed(2)} s`;
+
+/** Indents JSON text without parsing it, so that every number and escape stays as it was on the wire. */
+function indent(text) {
+  let depth = 0;
+  const line = change => '\n' + '  '.repeat(depth += change);
+  return text.replace(/"[^"\\]*(?:\\.[^"\\]*)*"|[{[]\s*[}\]]|[{}[\],:]|\s+/g, token => {
+    if (token[0] === '"' || token.length > 1 && '{['.includes(token[0])) return token;
+    if ('{['.includes(token)) return token + line(1);
+    if ('}]'.includes(token)) return line(depth && -1) + token;
+    return token === ',' ? ',' + line(0) : token === ':' ? ': ' : '';
+  });
+}
+
+// ---- The server ----------------------------------------------------------------------------------------
+
+/** Addresses are relative to the page, so it also works behind a path prefix, over TLS and in a frame. */
+const address = path => new URL(path, document.baseURI);
+
+async function getJSON(path) {
+  const response = await fetch(address(path));
+  if (!response.ok) throw new Error(`GET ${path}: ${response.status} ${response.statusText}`);
+  return response.json();
+}
+
+/** Errors after which the server closes. */
+const FATAL = ['CAPACITY_REACHED', 'FACTORY_ERROR', 'SESSION_ERROR'];
+
+/** One WebSocket to `ws`: one connection, one environment, one session. */
+class Session {
+  /** `log` is a WireLog; `onstate(name, reason)` hears 'connecting', 'open' and 'closed'. */
+  constructor(log, onstate) {
+    Object.assign(this, {log, onstate, waiting: []});
+  }
+
+  connect() {
+    const url = address('ws');
+    url.protocol = url.protocol.replace('http', 'ws');
+    let lastWords = '';
+    const socket = this.socket = new WebSocket(url);
+    this.onstate('connecting', '');
+    socket.onopen = () => {
+      this.log.add('note', `open ${url}`);
+      this.onstate('open', '');
+    };
+    socket.onmessage = ({data: text}) => {
+      // Every message gets one answer, in order: so this one belongs to the oldest that still waits.
+      const request = this.waiting.shift();
+      const latency = request && performance.now() - request.sent;
+      this.log.add('received', text, latency);
+      const message = JSON.parse(text);
+      if (FATAL.includes(message.data?.code)) lastWords = message.data.message;
+      request?.resolve({...message, latency});
+    };
+    socket.onclose = ({code, reason, wasClean}) => {
+      this.log.add('note', `closed, code ${code}${reason && ': ' + reason}`);
+      const why = wasClean ? lastWords || reason || 'closed' : 'connection lost';
+      this.onstate('closed', `${why} (code ${code})`);
+      for (const {reject} of this.waiting.splice(0)) reject(new Error('Closed before the answer.'));
+    };
+  }
+
+  /** Sends a text as it is, and promises the answer with its `latency` in ms. */
+  send(text, answered = true) {
+    return new Promise((resolve, reject) => {
+      if (this.socket?.readyState !== WebSocket.OPEN) throw new Error('Not connected.');
+      if (answered) this.waiting.push({sent: performance.now(), resolve, reject});
+      this.socket.send(text);
+      this.log.add('sent', text);
+      if (!answered) resolve();
+    });
+  }
+}
+
+/** What went over the wire: the last LIMIT entries, newest first. */
+class WireLog {
+  static LIMIT = 100;
+  static ARROWS = {sent: '\u2192', received: '\u2190', note: '\u00b7'};
+
+  constructor(list, pause, clear) {
+    Object.assign(this, {list, pause, paused: false, queue: [], redraw: perFrame(() => this.draw())});
+    pause.addEventListener('click', () => {
+      this.paused = !this.paused;
+      pause.setAttribute('aria-pressed', this.paused);
+      this.draw();
+    });
+    clear.addEventListener('click', () => {
+      this.queue = [];
+      list.replaceChildren();
+      this.draw();
+    });
+  }
+
+  add(direction, text, latency) {
+    this.queue.push({direction, text, latency, time: new Date()});
+    if (this.queue.length > WireLog.LIMIT) this.queue.shift();
+    this.redraw();
+  }
+
+  draw() {
+    this.pause.textContent = this.paused ? `Resume (${this.queue.length})` : 'Pause';
+    if (this.paused) return;
+    this.list.prepend(...this.queue.splice(0).reverse().map(entry => this.entry(entry)));
+    while (this.list.childElementCount > WireLog.LIMIT) this.list.lastElementChild.remove();
+  }
+
+  entry({direction, text, latency, time}) {
+    const summary = [
+      el('span', {class: 'arrow', title: direction}, WireLog.ARROWS[direction]),
+      el('span', {class: 'sr'}, direction),
+      el('time', {}, CLOCK.format(time)),
+      el('span', {class: 'latency'}, latency === undefined ? '' : duration(latency)),
+      el('code', {}, clip(text, 160)),
+    ];
+    const whole = () => el('pre', {tabindex: 0}, ...pieces(indent(text)));
+    return el('li', {class: direction}, drawer(summary, whole));
+  }
+}
+
+// ---- JSON Schema ---------------------------------------------------------------------------------------
+
+/** A schema with its `$ref` followed inside `root`, and `anyOf: [X, null]` read as X with `nullable`. */
+function resolve(schema, root) {
+  if (schema?.$ref) {
+    const {$ref, ...rest} = schema;
+    const target = $ref.slice(2).split('/').reduce((node, key) => node?.[decodeURIComponent(key)], root);
+    return {...resolve(target, root), ...rest};
+  }
+  const {anyOf, oneOf, type, ...rest} = schema ?? {};
+  const options = anyOf ?? oneOf ?? (Array.isArray(type) ? type.map(name => ({type: name})) : undefined);
+  if (!options) return {...schema};
+  const some = options.filter(option => option.type !== 'null');
+  const nullable = some.length < options.length;
+  return {...(some.length === 1 ? resolve(some[0], root) : {options: some}), ...rest, nullable};
+}
+
+/** Its type in words: "string", "list of integer", "string or null". */
+function typeName(schema, root) {
+  const {type, options, items, nullable, enum: values, const: only} = resolve(schema, root);
+  let name = type ?? 'any';
+  if (values) name = values.map(value => JSON.stringify(value)).join(' | ');
+  else if (only !== undefined) name = JSON.stringify(only);
+  else if (options) name = options.map(option => typeName(option, root)).join(' or ');
+  else if (type === 'array' && items) name = `list of ${typeName(items, root)}`;
+  return nullable ? `${name} or null` : name;
+}
+
+/** A value that fits the schema: its own example if it has one; of an object what is required, or `all`. */
+function example(schema, root, all = false) {
+  const {type, options, nullable, required, properties, items, ...rest} = resolve(schema, root);
+  const {minItems = 0, minLength = 0, maxLength, minimum = 0} = rest;
+  const given = [rest.examples?.[0], rest.example, rest.const, rest.default, rest.enum?.[0]];
+  const first = given.find(value => value !== undefined);
+  if (first !== undefined) return first;
+  if (options) return example(options[0], root, all);
+  if (nullable) return null;
+  if (type === 'object') {
+    const wanted = Object.entries(properties ?? {}).filter(([name]) => all || required?.includes(name));
+    return Object.fromEntries(wanted.map(([name, property]) => [name, example(property, root, all)]));
+  }
+  if (type === 'array') return Array.from({length: minItems}, () => example(items, root, all));
+  if (type === 'string') return 'Hello, World!'.padEnd(minLength, '!').slice(0, maxLength);
+  return {integer: minimum, number: minimum, boolean: false}[type] ?? null;
+}
+
+/** Form fields for the properties of an object schema. Each shows its faults in place of its description. */
+class Fields {
+  constructor(container, schema, root = schema) {
+    const {properties = {}, required = []} = resolve(schema, root);
+    const names = Object.keys(properties).sort((a, b) => required.includes(b) - required.includes(a));
+    this.root = root;
+    this.whole = !names.length;  // an action with no properties of its own is written as one JSON value
+    this.fields = this.whole
+      ? [this.field('JSON', {type: 'object'}, false, container.id)]
+      : names.map(name => this.field(name, properties[name], required.includes(name), container.id));
+    container.replaceChildren(...this.fields.map(field => field.element));
+    container.addEventListener('keydown', event => {
+      const {key, shiftKey, isComposing, target} = event;
+      if (key !== 'Enter' || shiftKey || isComposing || target.tagName !== 'TEXTAREA') return;
+      event.preventDefault();
+      container.closest('form')?.requestSubmit();
+    });
+  }
+
+  field(name, schema, required, prefix) {
+    const id = `${prefix}-${name}`;
+    const {control, read} = this.control(resolve(schema, this.root), required);
+    control.id = id;
+    control.setAttribute('aria-describedby', `${id}-note`);
+    control.setAttribute('aria-required', required);
+    const kind = typeName(schema, this.root) + (required ? ', required' : '');
+    const label = el('label', {for: id}, el('b', {}, name), el('span', {class: 'muted'}, kind));
+    const help = resolve(schema, this.root).description ?? '';
+    const note = el('p', {id: `${id}-note`, class: 'note'}, help);
+    const show = fault => {
+      const text = fault || help;
+      if (note.textContent === text) return;
+      control.setAttribute('aria-invalid', Boolean(fault));
+      note.textContent = text;
+    };
+    return {name, read, show, element: el('div', {class: 'field'}, label, control, note)};
+  }
+
+  /** The control for one schema, and how to read it; `undefined` leaves the property out. */
+  control(schema, required) {
+    const {type, default: preset, minimum, maximum, maxLength, nullable} = schema;
+    const initial = preset ?? '';
+    const choices = schema.enum ?? (type === 'boolean' && nullable ? [true, false] : undefined);
+    if (choices) {
+      const control = el('select', {}, required || initial !== '' ? undefined : el('option', {value: ''}),
+        ...choices.map(value => el('option', {value: JSON.stringify(value)}, String(value))));
+      if (initial !== '') control.value = JSON.stringify(initial);
+      return {control, read: () => control.value ? JSON.parse(control.value) : undefined};
+    }
+    if (type === 'boolean') {
+      const control = el('input', {type: 'checkbox', checked: preset === true});
+      return {control, read: () => control.checked};
+    }
+    if (type === 'integer' || type === 'number') {
+      const step = type === 'integer' ? 1 : 'any';
+      const control = el('input', {type: 'number', step, min: minimum, max: maximum, value: initial});
+      return {control, read: () => control.value ? Number(control.value) : undefined};
+    }
+    if (type === 'string') {
+      const control = el('textarea', {rows: maxLength <= 255 ? 1 : 2, spellcheck: 'false'}, initial);
+      return {control, read: () => control.value || required || preset ? control.value : undefined};
+    }
+    // Anything else is written as JSON; left blank it is its default.
+    const text = required ? JSON.stringify(example(schema, this.root)) : '';
+    const placeholder = preset === undefined ? 'JSON' : JSON.stringify(preset);
+    const control = el('textarea', {rows: 1, spellcheck: 'false', class: 'code', placeholder}, text);
+    return {control, read: () => control.value.trim() ? JSON.parse(control.value) : undefined};
+  }
+
+  /** The object that the fields hold, or undefined after showing what is no JSON. */
+  read() {
+    let sound = true;
+    const entries = this.fields.map(({name, read, show}) => {
+      try {
+        show('');
+        return [name, read()];
+      } catch (error) {
+        show(`Not JSON: ${error.message}`);
+        sound = false;
+      }
+    });
+    if (!sound) return undefined;
+    if (this.whole) return entries[0][1] ?? {};
+    return Object.fromEntries(entries.filter(([, value]) => value !== undefined));
+  }
+
+  /** Shows faults ({loc: ["data", field, ...], msg}) at their fields; returns those that belong to none. */
+  showFaults(faults) {
+    const path = ({loc}) => loc[0] === 'data' ? loc.slice(1) : loc;
+    const words = fault => [...path(fault).slice(1), fault.msg].join(': ');
+    const at = name => faults.filter(fault => path(fault)[0] === name);
+    for (const {name, show} of this.fields) show(at(name).map(words).join('. '));
+    return faults.filter(fault => !this.fields.some(({name}) => name === path(fault)[0]));
+  }
+}
+"""
+
+WEB_BODY = r"""
+<header class="bar">
+  <h1 id="name">Environment</h1>
+  <nav aria-label="Pages"><a href="docs">API</a><a href="health">Health</a></nav>
+  <p id="status" role="status" data-state="connecting">Connecting</p>
+  <button id="reconnect" class="primary" disabled>Reconnect (new episode)</button>
+</header>
+<main class="play">
+  <p id="about" class="lead"></p>
+  <div class="column">
+    <section aria-labelledby="action-title">
+      <h2 id="action-title">Action</h2>
+      <p id="action-about" class="muted"></p>
+      <form id="step" novalidate>
+        <div id="action" class="fields"></div>
+        <div class="row">
+          <button class="primary" disabled>Step</button>
+          <p class="muted"><kbd>Enter</kbd> steps, <kbd>Shift Enter</kbd> new line</p>
+        </div>
+        <p id="fault" class="note fault" role="alert"></p>
+      </form>
+      <form id="reset" novalidate>
+        <div id="options" class="fields pair"></div>
+        <div class="row">
+          <button disabled>Reset</button>
+          <button id="ask-state" type="button" disabled>State</button>
+        </div>
+      </form>
+    </section>
+    <section class="quick" aria-labelledby="quick-title">
+      <div class="row" id="quick-head"><h2 id="quick-title">Quick start</h2><p class="muted">Python</p></div>
+      <pre id="quick" tabindex="0"></pre>
+    </section>
+  </div>
+  <div class="column">
+    <section id="now" aria-labelledby="now-title">
+      <h2 id="now-title">Now</h2>
+      <dl class="figures">
+        <div><dt>Step</dt><dd id="count">&ndash;</dd></div>
+        <div><dt>Reward</dt><dd id="reward">&ndash;</dd></div>
+        <div><dt>Total</dt><dd id="total">&ndash;</dd></div>
+        <div><dt>Done</dt><dd id="done">&ndash;</dd></div>
+      </dl>
+      <h3>Observation</h3>
+      <dl id="observation" class="values"></dl>
+      <h3>State <span id="state-time" class="muted"></span></h3>
+      <dl id="state" class="values"></dl>
+      <p id="news" class="sr" role="status"></p>
+    </section>
+    <section aria-labelledby="chart-title">
+      <h2 id="chart-title">Reward</h2>
+      <svg id="chart" role="img" aria-label="No steps yet"></svg>
+    </section>
+    <section aria-labelledby="history-title">
+      <div class="row">
+        <h2 id="history-title">Episode</h2>
+        <p id="shown" class="muted"></p>
+        <button id="download" class="quiet">Download JSON</button>
+      </div>
+      <div class="scroll" tabindex="0" role="region" aria-labelledby="history-title">
+        <table>
+          <thead><tr>
+            <th scope="col" class="number step">Step</th>
+            <th scope="col">Action</th><th scope="col">Observation</th>
+            <th scope="col" class="number">Reward</th><th scope="col" class="number">Latency</th>
+          </tr></thead>
+          <tbody id="history"></tbody>
+        </table>
+      </div>
+    </section>
+  </div>
+  <div class="column">
+    <section class="aside" aria-labelledby="wire-title">
+      <div class="row">
+        <h2 id="wire-title">Wire</h2>
+        <p class="muted">newest first</p>
+        <button id="pause" class="quiet" aria-pressed="false">Pause</button>
+        <button id="clear" class="quiet">Clear</button>
+      </div>
+      <ol id="wire" class="wire" tabindex="0" aria-labelledby="wire-title"></ol>
+    </section>
+  </div>
+</main>
+<noscript>This page needs JavaScript. The API itself does not: see openapi.json.</noscript>
+"""
+
+WEB_SCRIPT = r"""
+// ---- The episode ---------------------------------------------------------------------------------------
+
+const MAX_ROWS = 100;  // in the table; the download has every step
+const NONE = '\u2013';
+
+const episodes = [];   // all that this page has played
+let episode;           // the current one: {episode_id, seed, reset, steps}
+let count = 0;         // the environment's step count, as far as we know
+let total = 0;         // of this episode's rewards
+let now;               // the data of the last answer to reset or step
+let rows = [];         // what the next frame adds to the table
+let points = [];       // [step, reward, running total], for the chart
+
+const RESET = {
+  properties: {
+    seed: {type: 'integer', minimum: 0, description: 'Optional'},
+    episode_id: {type: 'string', maxLength: 255, description: 'Optional'},
+  },
+};
+
+let action;  // the Fields of the form, drawn from the action's schema
+const options = new Fields($('options'), RESET);
+
+const session = new Session(new WireLog($('wire'), $('pause'), $('clear')), (state, reason) => {
+  const kept = episodes.length ? ' History kept.' : '';
+  const words = {connecting: 'Connecting', open: 'Connected', closed: `Disconnected: ${reason}.${kept}`};
+  $('status').dataset.state = state;
+  $('status').textContent = words[state];
+  $('reconnect').disabled = state !== 'closed';
+  for (const button of document.querySelectorAll('form button')) button.disabled = state !== 'open';
+  if (state === 'open') reset();
+});
+
+/** Sends a message and returns its answer; an error it shows, beside the field at fault. */
+async function ask(message, fields) {
+  try {
+    const promise = session.send(JSON.stringify(message));
+    $('now').setAttribute('aria-busy', 'true');
+    const answer = await promise;
+    $('fault').textContent = '';
+    if (answer.type !== 'error') return answer;
+    const {code, message: text, errors = []} = answer.data;
+    const marked = errors.length && fields?.showFaults(errors).length === 0;
+    $('fault').textContent = `${code}: ${marked ? 'see the marked fields' : text}`;
+  } catch (error) {
+    $('fault').textContent = error.message;
+  } finally {
+    if (!session.waiting.length) $('now').removeAttribute('aria-busy');
+  }
+}
+
+async function reset() {
+  const data = options.read();
+  if (!data) return;
+  const answer = await ask(Object.keys(data).length ? {type: 'reset', data} : {type: 'reset'}, options);
+  if (!answer) return;
+  begin({...data, reset: answer.data});
+  record('reset', answer);
+  await state();
+}
+
+function begin(details) {
+  episode = {episode_id: null, seed: null, ...details, steps: []};
+  episodes.push(episode);
+  points = [];
+  count = total = 0;
+}
+
+async function step() {
+  const data = action.read();
+  if (!data) return;
+  const answer = await ask({type: 'step', data}, action);
+  if (!answer) return;
+  if (!episode) begin({});
+  const {reward} = answer.data;
+  count += 1;
+  total += Number(reward);
+  points.push([count, reward, total]);
+  episode.steps.push({step: count, action: data, ...answer.data, latency_ms: answer.latency});
+  record(JSON.stringify(data), answer);
+}
+
+async function state() {
+  const answer = await ask({type: 'state'});
+  if (!answer) return;
+  if (episode) episode.episode_id = answer.data.episode_id ?? null;
+  count = answer.data.step_count ?? count;
+  $('state-time').textContent = `at step ${count}`;
+  $('state').replaceChildren(...values(answer.data));
+  redraw();
+}
+
+function record(text, {data, latency}) {
+  now = data;
+  const observation = JSON.stringify(data.observation);
+  rows.push([String(count), text, observation, figure(data.reward), duration(latency)]);
+  redraw();
+}
+
+// ---- Drawing: once per frame, however fast the answers come --------------------------------------------
+
+const redraw = perFrame(() => {
+  drawNow();
+  drawRows();
+  drawChart();
+});
+
+/** Twelve digits, so that a sum of tenths does not end in ...0000004. */
+const figure = value => String(typeof value === 'number' ? Number(value.toPrecision(12)) : value ?? NONE);
+
+/** The properties of an object as <dt> and <dd>. */
+const values = object => Object.entries(object).flatMap(([name, value]) => [
+  el('dt', {}, name),
+  el('dd', {}, fold(typeof value === 'string' ? value : JSON.stringify(value), 400)),
+]);
+
+function drawNow() {
+  $('count').textContent = count;
+  $('total').textContent = figure(total);
+  if (!now) return;
+  $('reward').textContent = figure(now.reward);
+  $('done').textContent = now.done ? 'yes' : 'no';
+  $('observation').replaceChildren(...values(now.observation));
+  $('news').textContent = `Step ${count}, reward ${figure(now.reward)}${now.done ? ', done' : ''}`;
+}
+
+function drawRows() {
+  const isNumber = [true, false, false, true, true];
+  const cell = (text, column) => el('td', {class: isNumber[column] && 'number'}, fold(text, 100, indent));
+  const fresh = rows.splice(0).slice(-MAX_ROWS).reverse();
+  $('history').prepend(...fresh.map(texts => el('tr', {}, ...texts.map(cell))));
+  while ($('history').rows.length > MAX_ROWS) $('history').deleteRow(-1);
+  const played = episodes.reduce((sum, {steps}) => sum + 1 + steps.length, 0);
+  $('shown').textContent = played > MAX_ROWS ? `last ${MAX_ROWS} rows of ${played}` : 'newest first';
+}
+
+$('download').addEventListener('click', () => {
+  const text = JSON.stringify({environment: document.title, episodes}, null, 2);
+  const link = el('a', {download: 'episodes.json', href: URL.createObjectURL(new Blob([text]))});
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 1000);
+});
+
+// ---- The chart: two plots over one axis of steps. A redraw sets path data and the few ticks. -----------
+
+const chart = $('chart');
+const LEFT = 52, RIGHT = 20, HEIGHT = 88;
+let width = 600;
+
+function svg(tag, attributes, text = '') {
+  const element = document.createElementNS('http://www.w3.org/2000/svg', tag);
+  for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
+  element.textContent = text;
+  return element;
+}
+
+/** A plot of one column of `points`. */
+function plot(name, title, top, column) {
+  const part = (tag, kind) => chart.appendChild(svg(tag, {class: `${kind} ${name}`}));
+  chart.append(svg('text', {class: `title ${name}`, x: 0, y: top - 13}, `\u25a0 ${title}`));
+  return {top, column, axis: part('g', 'axis'), line: part('path', 'line'), dots: part('path', 'dots')};
+}
+
+const plots = [plot('reward', 'Reward per step', 28, 1), plot('total', 'Running total', 158, 2)];
+const steps = chart.appendChild(svg('g', {class: 'axis'}));
+const cursor = chart.appendChild(svg('path', {class: 'cursor'}));
+const reading = chart.appendChild(svg('text', {class: 'reading', y: 15}));
+
+/** Round numbers that cover low to high, about `wanted` of them. */
+function ticks(low, high, wanted) {
+  const rough = (high - low) / wanted;
+  const power = 10 ** Math.floor(Math.log10(rough));
+  const size = power * [1, 2, 5, 10].find(multiple => multiple * power >= rough);
+  const first = Math.floor(low / size), length = Math.ceil(high / size) - first + 1;
+  return Array.from({length}, (_, index) => Number(((first + index) * size).toPrecision(12)));
+}
+
+const short = new Intl.NumberFormat('en', {notation: 'compact', maximumFractionDigits: 3});
+const lastStep = () => Math.max(10, points.at(-1)?.[0] ?? 0);
+const scaleX = step => LEFT + (width - LEFT - RIGHT) * step / lastStep();
+
+function drawChart() {
+  for (const {top, column, axis, line, dots} of plots) {
+    const known = points.filter(point => Number.isFinite(point[column]));
+    let low = 0, high = 0;
+    for (const point of known) {
+      low = Math.min(low, point[column]);
+      high = Math.max(high, point[column]);
+    }
+    const marks = ticks(low, high > low ? high : low + 1, 3);
+    const [bottom, height] = [marks[0], marks.at(-1) - marks[0]];
+    const y = value => (top + HEIGHT * (1 - (value - bottom) / height)).toFixed(1);
+    const places = known.map(point => `${scaleX(point[0]).toFixed(1)},${y(point[column])}`);
+    line.setAttribute('d', places.length ? `M${places.join('L')}` : '');
+    dots.setAttribute('d', places.length > 100 ? '' : places.map(place => `M${place}h0`).join(''));
+    axis.replaceChildren(...marks.flatMap(mark => [
+      svg('path', {d: `M${LEFT},${y(mark)}H${width - RIGHT}`, class: mark ? '' : 'zero'}),
+      svg('text', {x: LEFT - 8, y: y(mark), dy: 4, 'text-anchor': 'end'}, short.format(mark)),
+    ]));
+  }
+  const marks = ticks(0, lastStep(), 5).filter(mark => mark <= lastStep());
+  steps.replaceChildren(...marks.map(mark =>
+    svg('text', {x: scaleX(mark), y: 268, 'text-anchor': 'middle'}, mark ? mark : 'step 0')));
+  chart.setAttribute('aria-label', `Rewards of ${points.length} steps, total ${figure(total)}`);
+}
+
+new ResizeObserver(([{contentRect}]) => {
+  width = contentRect.width;
+  redraw();
+}).observe(chart);
+
+chart.addEventListener('pointermove', ({offsetX}) => {
+  const away = point => Math.abs(scaleX(point[0]) - offsetX);
+  const point = points.reduce((best, point) => away(point) < away(best) ? point : best, points[0]);
+  if (!point) return;
+  cursor.setAttribute('d', `M${scaleX(point[0])},20V250`);
+  reading.setAttribute('x', width - RIGHT);
+  reading.textContent = `step ${point[0]}: reward ${figure(point[1])}, total ${figure(point[2])}`;
+});
+chart.addEventListener('pointerleave', () => {
+  cursor.setAttribute('d', '');
+  reading.textContent = '';
+});
+
+// ---- The page ------------------------------------------------------------------------------------------
+
+/** A JSON value as a Python literal. */
+function python(value) {
+  if (Array.isArray(value)) return `[${value.map(python).join(', ')}]`;
+  if (value === null) return 'None';
+  if (typeof value === 'boolean') return value ? 'True' : 'False';
+  if (typeof value !== 'object') return JSON.stringify(value);
+  const items = Object.entries(value).map(([name, item]) => `${JSON.stringify(name)}: ${python(item)}`);
+  return `{${items.join(', ')}}`;
+}
+
+function quickStart(schema) {
+  const url = address('.').href.replace(/\/$/, '');
+  const sample = example(schema, schema);
+  const [imports, client, call] = schema.title === 'BenchmarkAction'
+    ? ['benchmark import BenchmarkAction, BenchmarkEnv', 'BenchmarkEnv',
+      `BenchmarkAction(message=${python(sample.message)})`]
+    : ['client import WebSocketEnvClient', 'WebSocketEnvClient', python(sample)];
+  return `from ${imports}
+
+with ${client}("${url}") as env:
+    print(env.reset())
+    print(env.step(${call}))`;
+}
+
+for (const [id, act] of [['step', step], ['reset', reset]]) {
+  $(id).addEventListener('submit', event => {
+    event.preventDefault();
+    act();
+  });
+}
+$('ask-state').addEventListener('click', state);
+$('reconnect').addEventListener('click', () => session.connect());
+
+// A held Enter key steps as fast as the environment answers, and no faster.
+$('step').addEventListener('keydown', event => {
+  if (!event.repeat || !session.waiting.length) return;
+  event.preventDefault();
+  event.stopPropagation();
+}, {capture: true});
+
+async function main() {
+  const [schemas, metadata] = await Promise.all([getJSON('schema'), getJSON('metadata')]);
+  const {name, version, description} = metadata;
+  const schema = schemas.action;
+  document.title = $('name').textContent = name;
+  $('about').textContent = [description, version && `Version ${version}`].filter(Boolean).join(' \u00b7 ');
+  $('action-title').textContent = schema.title ?? 'Action';
+  $('action-about').textContent = schema.description ?? '';
+  action = new Fields($('action'), schema);
+  $('quick').textContent = quickStart(schema);
+  $('quick-head').append(copyButton($('quick')));
+  session.connect();
+}
+
+main().catch(error => { $('fault').textContent = error.message; });
+"""
+
+DOCS_BODY = r"""
+<header class="bar">
+  <h1 id="title">API</h1>
+  <p id="version" class="muted"></p>
+  <nav aria-label="Pages"><a href="web">Play</a><a href="openapi.json">openapi.json</a></nav>
+</header>
+<div class="manual">
+  <nav id="contents" aria-label="Contents"></nav>
+  <main>
+    <div id="about" class="lead"></div>
+    <p id="fault" class="note fault" role="alert"></p>
+    <section aria-labelledby="headers-title">
+      <h2 id="headers-title">Headers for every request below</h2>
+      <div id="headers" class="fields"></div>
+    </section>
+    <div id="operations"></div>
+    <section id="websocket" aria-labelledby="websocket-title">
+      <h2 id="websocket-title">WebSocket <code>/ws</code></h2>
+      <p>One connection is one session with an environment of its own. Both sides send JSON text messages,
+        and the server answers each message with exactly one, in order. Closing ends the session.</p>
+      <h3>Messages</h3>
+      <div id="messages"></div>
+      <h3>Errors</h3>
+      <p>An error is <code>{"type": "error", "data": {"message": "&hellip;", "code": "&hellip;"}}</code>,
+        and the session goes on unless the server then closes.</p>
+      <div class="scroll" tabindex="0" role="region" aria-label="Error codes">
+        <table>
+          <thead>
+            <tr><th scope="col">Code</th><th scope="col">When</th><th scope="col">Also in data</th></tr>
+          </thead>
+          <tbody>
+            <tr><td>INVALID_JSON</td><td>The text is not JSON.</td><td></td></tr>
+            <tr><td>UNKNOWN_TYPE</td><td>The type is unknown or missing.</td><td></td></tr>
+            <tr><td>VALIDATION_ERROR</td><td>The message or the action breaks its schema.</td>
+              <td>errors: a list of {type, loc, msg, input}</td></tr>
+            <tr><td>EXECUTION_ERROR</td><td>The environment raised an exception.</td><td></td></tr>
+            <tr><td>CAPACITY_REACHED</td><td>First message of a full server, which then closes (1013).</td>
+              <td>active_sessions, max_sessions</td></tr>
+            <tr><td>FACTORY_ERROR</td><td>The environment could not be created; closes (1011).</td>
+              <td>factory_name</td></tr>
+            <tr><td>SESSION_ERROR</td><td>Anything else that ends the session; closes (1011).</td>
+              <td></td></tr>
+          </tbody>
+        </table>
+      </div>
+      <h3>Console</h3>
+      <div class="row">
+        <button id="connect" class="primary">Connect</button>
+        <p id="status" role="status" data-state="idle">Not connected</p>
+      </div>
+      <form id="console" novalidate>
+        <div id="presets" class="row" role="group" aria-label="Presets"></div>
+        <div class="field">
+          <label for="message"><b>Message</b> <span class="muted">JSON, sent as it is</span></label>
+          <textarea id="message" class="code" rows="2" spellcheck="false"></textarea>
+        </div>
+        <div class="row">
+          <button id="send" class="primary" disabled>Send</button>
+          <p class="muted"><kbd>Ctrl Enter</kbd> sends</p>
+          <button id="pause" type="button" class="quiet" aria-pressed="false">Pause</button>
+          <button id="clear" type="button" class="quiet">Clear</button>
+        </div>
+        <p id="console-fault" class="note fault" role="alert"></p>
+      </form>
+      <ol id="wire" class="wire" tabindex="0" aria-label="Messages, newest first"></ol>
+    </section>
+  </main>
+</div>
+<noscript>This page needs JavaScript. The API itself does not: see openapi.json.</noscript>
+"""
+
+DOCS_SCRIPT = r"""
+let spec;     // openapi.json
+let headers;  // the Fields of every header that an operation takes, filled in once for all of them
+
+const pretty = value => JSON.stringify(value, null, 2);
+const follow = node => node?.$ref ? resolve(node, spec) : node;
+
+/** Paragraphs of text, with `code` in them. */
+const prose = (text = '') => text.split(/\n\s*\n/).filter(Boolean).map(paragraph =>
+  el('p', {}, ...paragraph.split('`').map((part, index) => index % 2 ? el('code', {}, part) : part)));
+
+function listing(text, label) {
+  const pre = el('pre', {tabindex: 0, 'aria-label': label}, ...pieces(text));
+  return el('div', {class: 'listing'}, el('div', {class: 'row'}, el('h4', {}, label), copyButton(pre)), pre);
+}
+
+const LIMITS = {
+  minimum: '\u2265', exclusiveMinimum: '>', maximum: '\u2264', exclusiveMaximum: '<',
+  minLength: 'length \u2265', maxLength: 'length \u2264', pattern: 'like', default: 'default',
+};
+
+/** A JSON Schema as a nested list: name, type, limits and description of each property. */
+function outline(schema, depth = 0) {
+  const {type, items, properties = {}, required = []} = resolve(schema, spec);
+  if (type === 'array') return outline(items, depth);
+  const list = Object.entries(properties).map(([name, property]) => {
+    const plain = resolve(property, spec);
+    const facts = [typeName(property, spec), ...required.includes(name) ? ['required'] : []];
+    for (const key in LIMITS) if (key in plain) facts.push(`${LIMITS[key]} ${JSON.stringify(plain[key])}`);
+    return el('li', {}, el('code', {}, name), el('span', {class: 'muted'}, ` ${facts.join(', ')} `),
+      plain.description, outline(property, depth + 1));
+  });
+  return list.length && depth < 6 ? el('ul', {class: 'outline'}, ...list) : undefined;
+}
+
+// ---- Operations ----------------------------------------------------------------------------------------
+
+/** A word for a shell: in single quotes, where only the single quote itself is special. */
+const quote = word => `'${word.replaceAll("'", "'\\''")}'`;
+
+function curl(url, {method, headers, body}) {
+  const words = [`curl -i -X ${method} ${quote(url.href)}`];
+  for (const [name, value] of Object.entries(headers)) words.push(`-H ${quote(`${name}: ${value}`)}`);
+  if (body) words.push(`--data-raw ${quote(body)}`);
+  return words.join(' \\\n  ');
+}
+
+/** What an operation takes, as the properties of a schema: in this API every parameter is a header. */
+const parameters = details => Object.fromEntries((details.parameters ?? []).map(follow)
+  .map(({name, schema, description}) => [name, {...schema, description}]));
+
+function operation(method, path, details) {
+  const summary = [
+    el('span', {class: `method ${method}`}, method.toUpperCase()), el('code', {}, path),
+    el('span', {class: 'muted'}, details.summary),
+  ];
+  const taken = outline({properties: parameters(details)});
+  return drawer(summary, () => el('div', {class: 'operation'},
+    ...prose(details.description),
+    ...taken ? [el('h3', {}, 'Headers'), taken] : [],
+    trial(method.toUpperCase(), path, details),
+    el('h3', {}, 'Responses'),
+    ...Object.entries(details.responses).map(([status, response]) => answer(status, follow(response))),
+  ), {id: details.operationId});
+}
+
+function answer(status, {description, content = {}}) {
+  const [[type, {schema, example, examples = {}}] = ['', {}]] = Object.entries(content);
+  const sample = example ?? Object.values(examples)[0]?.value;
+  const summary = [el('b', {}, status), ` ${description} `, el('span', {class: 'muted'}, type)];
+  return drawer(summary, () => el('div', {},
+    outline(schema), sample === undefined ? undefined : listing(pretty(sample), 'Example')));
+}
+
+/** The request, editable, and what really happens when it is sent. */
+function trial(method, path, details) {
+  const status = el('p', {role: 'status'});
+  const result = el('div', {class: 'result'});
+  const form = el('form', {novalidate: true},
+    el('div', {class: 'row'}, el('button', {class: 'primary'}, 'Try it'), status), result);
+  const [[type, content] = []] = Object.entries(follow(details.requestBody)?.content ?? {});
+  const id = `${details.operationId}-body`;
+  const body = el('textarea', {id, class: 'code', rows: 3, spellcheck: 'false'});
+  if (type) {
+    const {schema, examples = {example: {value: content.example ?? example(schema, spec)}}} = content;
+    const use = ({value}) => { body.value = pretty(value); };
+    const presets = Object.entries(examples).map(([name, sample]) =>
+      el('button', {type: 'button', class: 'quiet', onclick: () => use(sample)}, sample.summary ?? name));
+    use(Object.values(examples)[0]);
+    form.prepend(
+      el('h3', {}, 'Request'),
+      el('div', {class: 'row'}, el('label', {for: id}, 'Body'), el('p', {class: 'muted'}, type),
+        ...presets.length > 1 ? presets : []),
+      body, outline(schema) ?? '');
+  }
+  form.addEventListener('submit', async event => {
+    event.preventDefault();
+    const taken = Object.entries(headers.read()).filter(([name]) => name in parameters(details));
+    const request = {method, headers: Object.fromEntries(taken)};
+    if (body.value.trim()) {
+      request.body = body.value;
+      request.headers['Content-Type'] = type;
+    }
+    result.replaceChildren(...await attempt(address(`.${path}`), request, status));
+  });
+  return form;
+}
+
+/** Sends a request, says in `status` how it went and returns what there is to show. */
+async function attempt(url, request, status) {
+  const command = listing(curl(url, request), 'The same with curl');
+  const start = performance.now();
+  const say = (kind, text) => {
+    status.className = kind;
+    status.textContent = text;
+  };
+  try {
+    const response = await fetch(url, request);
+    const text = await response.text();
+    const time = duration(performance.now() - start);
+    const target = response.redirected ? `, redirected to ${response.url}` : '';
+    say(response.ok ? 'good' : 'fault', `${response.status} ${response.statusText} in ${time}${target}`);
+    const lines = [...response.headers].map(header => header.join(': ')).join('\n');
+    const isJSON = response.headers.get('Content-Type')?.includes('json');
+    return [command, listing(lines, 'Headers'), listing(isJSON ? indent(text) : text, 'Body')];
+  } catch (error) {
+    say('fault', `No answer: ${error.message}`);
+    return [command];
+  }
+}
+
+// ---- The WebSocket protocol, which OpenAPI cannot describe ---------------------------------------------
+
+/** [type, what it does, message, answer], with examples that fit this environment's schemas. */
+function exchanges({action, observation, state}) {
+  const {reward, done, ...shown} = example(observation, observation, true);
+  const observed = {type: 'observation', data: {observation: shown, reward: reward ?? 0, done: false}};
+  const call = {jsonrpc: '2.0', id: 1, method: 'tools/list'};
+  const refusal = {code: -32603, message: 'Environment does not support MCP'};
+  return [
+    ['reset', 'starts a new episode. The data is optional, and so are both of its properties.',
+      {type: 'reset', data: {seed: 1, episode_id: 'e1'}}, observed],
+    ['step', 'takes one step. The data is the action itself.',
+      {type: 'step', data: example(action, action)}, observed],
+    ['state', 'asks for the state of the environment and changes nothing.',
+      {type: 'state'}, {type: 'state', data: example(state, state, true)}],
+    ['mcp', 'carries one JSON-RPC 2.0 request to the tools of the environment, where it has any.',
+      {type: 'mcp', data: call}, {type: 'mcp', data: {jsonrpc: '2.0', id: 1, error: refusal}}],
+    ['close', 'ends the session. There is no answer: the server closes with code 1000.', {type: 'close'}],
+  ];
+}
+
+function describeMessages(list) {
+  $('messages').append(...list.map(([type, effect, message, reply]) => el('div', {class: 'exchange'},
+    el('p', {}, el('code', {}, type), ` ${effect}`),
+    listing(pretty(message), 'Send'),
+    reply ? listing(pretty(reply), 'Answer') : undefined)));
+}
+
+function startConsole(list) {
+  const text = $('message');
+  const session = new Session(new WireLog($('wire'), $('pause'), $('clear')), (state, reason) => {
+    $('status').dataset.state = state;
+    $('status').textContent = {connecting: 'Connecting', open: 'Connected', closed: reason}[state];
+    $('connect').textContent = state === 'closed' ? 'Connect' : 'Disconnect';
+    $('send').disabled = state !== 'open';
+  });
+  $('connect').addEventListener('click', () => {
+    if ($('connect').textContent === 'Connect') session.connect();
+    else session.socket.close(1000);
+  });
+  $('presets').append(...list.map(([type, , message]) => el('button', {
+    type: 'button', class: 'quiet', onclick: () => { text.value = pretty(message); },
+  }, type)));
+  text.value = pretty(list[0][2]);
+  text.addEventListener('keydown', event => {
+    if (event.key === 'Enter' && (event.ctrlKey || event.metaKey)) $('console').requestSubmit();
+  });
+  $('console').addEventListener('submit', event => {
+    event.preventDefault();
+    const say = fault => { $('console-fault').textContent = fault?.message ?? ''; };
+    session.send(text.value, !/"type"\s*:\s*"close"/.test(text.value)).then(() => say(), say);
+  });
+}
+
+// ---- The page ------------------------------------------------------------------------------------------
+
+function contents(tags) {
+  const link = (id, ...label) => el('li', {}, el('a', {href: `#${id}`}, ...label));
+  $('contents').append(...[...tags].map(([tag, list]) => el('div', {}, el('h2', {}, tag), el('ul', {},
+    ...list.map(([method, path, {operationId}]) =>
+      link(operationId, el('span', {class: `method ${method}`}, method.toUpperCase()), ` ${path}`))))),
+  el('div', {}, el('h2', {}, 'Live'), el('ul', {}, link('websocket', 'WebSocket /ws'))));
+}
+
+/** Opens the operation that the address names. */
+function openNamed() {
+  const target = document.getElementById(location.hash.slice(1));
+  if (target?.tagName === 'DETAILS') target.open = true;
+  target?.scrollIntoView();
+}
+
+async function main() {
+  const [api, schemas] = await Promise.all([getJSON('openapi.json'), getJSON('schema')]);
+  spec = api;
+  document.title = $('title').textContent = spec.info.title;
+  $('version').textContent = `Version ${spec.info.version}`;
+  $('about').append(...prose(spec.info.description));
+
+  const all = Object.entries(spec.paths).flatMap(([path, methods]) =>
+    Object.entries(methods).map(([method, details]) => [method, path, details]));
+  const properties = Object.assign({}, ...all.map(([, , details]) => parameters(details)));
+  $('headers').parentElement.hidden = !Object.keys(properties).length;
+  headers = new Fields($('headers'), {properties}, spec);
+
+  const tags = new Map();
+  for (const entry of all) {
+    const tag = entry[2].tags?.[0] ?? 'Other';
+    tags.set(tag, [...tags.get(tag) ?? [], entry]);
+  }
+  $('operations').append(...[...tags].map(([tag, list]) =>
+    el('section', {'aria-label': tag}, el('h2', {}, tag), ...list.map(entry => operation(...entry)))));
+  contents(tags);
+
+  const list = exchanges(schemas);
+  describeMessages(list);
+  startConsole(list);
+  addEventListener('hashchange', openNamed);
+  openNamed();
+}
+
+main().catch(error => { $('fault').textContent = error.message; });
+"""
+
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -743,7 +743,7 @@ class OriginTest(ServerCase):
         )
         for name in (
             "localhost",
-            "LOCALHOST:80",
+            "LocalHost:80",
             "127.1.2.3",
             "[::1]:99",
             "a.localhost",
@@ -1811,7 +1811,7 @@ class ClientTest(ServerCase):
             sock.sendall(
                 frame(1, b'{"type":"state","data":{"step_count":9}}', masked=False)
             )
-            wait_until(lambda: env._ws and env._ws.unread)
+            wait_until(lambda: env._ws and env._ws._inbox)
             with self.assertRaises(ConnectionError):
                 env.state()
             sock.close()
