@@ -79,8 +79,8 @@ INVALID_DATA, MESSAGE_TOO_BIG, INTERNAL_ERROR, TRY_AGAIN_LATER = 1007, 1009, 101
 # Sizes in bytes: of a read when no large frame is expected; of a write; of the messages
 # that `WebSocket.tend` may hold for the next `recv`; of an opening handshake.
 _RECV_SIZE, _SEND_SIZE, _HELD_LIMIT, _HEADER_LIMIT = 1 << 16, 1 << 18, 1 << 20, 1 << 16
-# A kept message costs more than its bytes; and one call of `tend` does not go on for ever.
-_MESSAGE_COST, _TEND_LIMIT = 100, 200
+# A kept message costs more than its bytes; and a flood must not hold `tend` up (seconds).
+_MESSAGE_COST, _TEND_SECONDS = 100, 0.002
 
 
 class ConnectionClosed(ConnectionError):
@@ -175,7 +175,7 @@ class WebSocket:
         self._decoder = codecs.getincrementaldecoder("utf-8")()
         self._inbox: deque[str | bytes] = deque()  # whole messages that `tend` found
         self._held = 0  # bytes in the inbox
-        self._tending = False  # `tend` is at work: whatever is sent must not block
+        self._tending = 0.0  # until then `tend` is at work, and nothing sent may block
         self._unsent = b""  # the rest of a pong that did not fit into the socket
         self._nowait = 0 if isinstance(sock, ssl.SSLSocket) else _MSG_DONTWAIT
         self._close_sent = self._close_received = False
@@ -315,15 +315,18 @@ class WebSocket:
     def _tend(self) -> None:
         if self._closed:
             return
-        self._tending = True
+        self._tending = time.monotonic() + _TEND_SECONDS
         try:
             if not self._nowait:
                 self._sock.settimeout(0)
             if self._unsent:
                 self._transmit(b"", wait=False)
-            for _ in range(_TEND_LIMIT):  # a peer that floods this must not hold it up
-                if self._unsent or self._held > _HELD_LIMIT or self._close_can_wait:
-                    break
+            while not (
+                self._unsent
+                or self._held > _HELD_LIMIT
+                or self._close_can_wait
+                or time.monotonic() > self._tending
+            ):
                 message = self._parse()
                 if message is None:
                     self._fill(self._nowait)
@@ -335,7 +338,7 @@ class WebSocket:
         finally:
             if not self._nowait and not self._closed:
                 self._sock.settimeout(self._timeout)
-            self._tending = False
+            self._tending = 0.0
 
     @property
     def _close_can_wait(self) -> bool:
@@ -384,8 +387,8 @@ class WebSocket:
                     return None
                 self._frame = None
                 self._control(frame, self._take(frame, frame.left))
-                if self._unsent:
-                    return None  # `tend` goes on when the peer has taken the pong
+                if self._unsent or self._tending and time.monotonic() > self._tending:
+                    return None  # another call of `tend` goes on
                 continue
             data = self._take(frame, min(frame.left, len(self._buffer)))
             whole = frame.fin and not frame.left
