@@ -672,6 +672,20 @@ class HTTPTest(ServerCase):
                 if status != 200:
                     self.assertIsInstance(answer["detail"], str)
 
+    def test_odd_headers_take_no_time(self) -> None:
+        began = time.monotonic()
+        for value in (b" " * 60_000 + b"\x01", b"x" + b" " * 60_000 + b"x"):
+            with self.peer() as peer:
+                peer.send(
+                    b"GET /health HTTP/1.1\r\nHost: localhost\r\nA:"
+                    + value
+                    + b"\r\n\r\n"
+                )
+                self.assertEqual(
+                    peer.response()[0], 400 if value.endswith(b"\x01") else 200
+                )
+        self.assertLess(time.monotonic() - began, 2)
+
     def test_requests_may_be_pipelined(self) -> None:
         with self.peer() as peer:
             for _ in range(50):
@@ -738,6 +752,8 @@ class OriginTest(ServerCase):
             200,
         )
         self.assertEqual(self.status("Host: evil.example"), 403)  # DNS rebinding
+        for name in ("[::1", "[x]", "a@localhost", "localhost/evil", "localhost?evil"):
+            self.assertEqual(self.status(f"Host: {name}"), 403, name)
         self.assertEqual(
             self.status("Host: evil.example", "Origin: http://evil.example"), 403
         )
@@ -862,6 +878,8 @@ class Broken(BenchmarkEnvironment):
             raise ValueError("a\nb")
         if action.message == "exit":
             sys.exit(3)
+        if action.message == "cancel":
+            raise asyncio.CancelledError
         if action.message == "none":
             return None
         if action.message == "nan":
@@ -881,7 +899,7 @@ class FailureTest(ServerCase):
         ):
             for env in (ws, over_http):
                 env.reset()
-                for message in ("raise", "exit", "none", "nan", "set"):
+                for message in ("raise", "exit", "cancel", "none", "nan", "set"):
                     with self.subTest(env=env, message=message):
                         with self.assertRaises(client.ServerError) as caught:
                             env.step(BenchmarkAction(message))
@@ -1453,6 +1471,81 @@ class SessionTest(ServerCase):
             ]
             self.assertEqual(echoes, ["wait", "hello"])
 
+    def test_close_during_a_step_waits_for_the_answers(self) -> None:
+        with self.peer(self.small).upgrade() as peer:
+            wait = text_frame({"type": "step", "data": {"message": "wait"}})
+            peer.send(wait + HELLO + frame(8, b"\x03\xe8"))
+            time.sleep(0.5)  # for the server to look at what has come
+            Counted.gate.set()
+            echoes = [
+                peer.message()["data"]["observation"]["echoed_message"]
+                for _ in range(2)
+            ]
+            self.assertEqual(echoes, ["wait", "hello"])
+            self.assertEqual(peer.close_code(), 1000)
+
+    def test_flood_during_a_step_holds_nobody_up(self) -> None:
+        for opcode in (9, 1):
+            with self.peer(self.small).upgrade() as peer:
+                peer.send(text_frame({"type": "step", "data": {"message": "wait"}}))
+                flood = frame(opcode) * 5000
+                done = threading.Event()
+
+                def send(
+                    peer: RawPeer = peer, flood: bytes = flood, done: Any = done
+                ) -> None:
+                    with contextlib.suppress(OSError):
+                        while not done.is_set():
+                            peer.send(flood)
+
+                def drain(peer: RawPeer = peer) -> None:
+                    with contextlib.suppress(OSError):
+                        while peer.sock.recv(1 << 20):
+                            pass
+
+                threads = [
+                    threading.Thread(target=f, daemon=True) for f in (send, drain)
+                ]
+                for thread in threads:
+                    thread.start()
+                for _ in range(5):
+                    began = time.monotonic()
+                    self.assertEqual(
+                        self.http("GET", "/health", running=self.small)[0], 200
+                    )
+                    self.assertLess(time.monotonic() - began, 3)
+                done.set()
+                peer.sock.shutdown(socket.SHUT_RDWR)
+                for thread in threads:
+                    thread.join(PATIENCE)
+                Counted.gate.set()
+
+    def test_environment_made_while_stopping_is_closed(self) -> None:
+        made = threading.Event()
+
+        class Slow(Counted):
+            def __init__(self) -> None:
+                made.set()
+                self.gate.wait(PATIENCE)
+                super().__init__()
+
+        with constants(GRACE_SECONDS=0.1):
+            running = serve(Slow)
+            self.peer(running).upgrade()
+            made.wait(PATIENCE)
+            running.stop()
+            Counted.gate.set()
+            wait_until(lambda: Slow.closed == 1 == Slow.made)
+
+    def test_what_goes_wrong_with_one_connection_ends_no_other(self) -> None:
+        peer = self.peer().upgrade()
+        wait_until(lambda: self.running.connections)
+        with mock.patch.object(server.Handler, "tend", side_effect=MemoryError) as tend:
+            wait_until(lambda: tend.called)
+        peer.send(HELLO)
+        self.assertEqual(peer.message()["type"], "observation")
+        self.assertEqual(self.http("GET", "/health")[0], 200)
+
     def test_environments_are_closed_exactly_once(self) -> None:
         many = serve(Counted, max_concurrent_envs=100)
         ends: list[Callable[[RawPeer], Any]] = [
@@ -1521,6 +1614,22 @@ class SessionTest(ServerCase):
             for peer in (silent, half, stalled, idle, ws):
                 self.assertTrue(peer.at_end())
             wait_until(lambda: not running.connections)
+
+    def test_drip_of_a_body_is_dropped(self) -> None:
+        head = b"POST /step HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
+        short = constants(HEADER_SECONDS=0.3, TICK_SECONDS=0.05)
+        with short, serve() as running:
+            chunked, framed = self.peer(running), self.peer(running).upgrade()
+            chunked.send(head)
+            framed.send(frame(1, b"x" * 10_000)[:10])
+            with self.assertRaises(OSError):
+                for _ in range(1000):
+                    chunked.send(b"1\r\n \r\n")
+                    time.sleep(0.01)
+            with self.assertRaises(OSError):
+                for _ in range(1000):
+                    framed.send(b"x")
+                    time.sleep(0.01)
 
     def test_drip_of_bytes_does_not_hold_a_connection(self) -> None:
         short = constants(HEADER_SECONDS=0.3, TICK_SECONDS=0.05)
@@ -1610,6 +1719,21 @@ class SessionTest(ServerCase):
         self.assertEqual(len(logs.output), 3)
         for line in logs.output:
             self.assertTrue(line.isascii() and line.isprintable(), line)
+
+
+class LogTest(unittest.TestCase):
+    def test_formatter_escapes_and_indents(self) -> None:
+        formatter = server._Formatter("%(levelname)s %(message)s")
+        try:
+            raise ValueError("x\n2026-01-01 INFO forged\x1b[31m\x9b")
+        except ValueError:
+            record = logging.LogRecord(
+                "", logging.ERROR, "", 0, "failed", (), sys.exc_info()
+            )
+        lines = formatter.format(record).split("\n")
+        self.assertEqual(lines[0], "ERROR failed")
+        self.assertTrue(all(line.startswith("    ") for line in lines[1:]))
+        self.assertIn("    2026-01-01 INFO forged\\x1b[31m\\x9b", lines)
 
 
 class AppTest(unittest.TestCase):
@@ -1775,6 +1899,8 @@ class ClientTest(ServerCase):
             '{"type":"state","data":{}}',
             '{"type":"observation","data":5}',
             '{"type":"observation","data":{}}',
+            '{"type":"observation","data":{"observation":{},"reward":NaN}}',
+            '{"type":"observation","data":{"observation":{"echoed_message":5}}}',
         ):
             with mock.patch.object(server, "Session", Answers), self.subTest(said):
                 Answers.said = said
@@ -1782,6 +1908,40 @@ class ClientTest(ServerCase):
                 with self.assertRaises(ConnectionError):
                     env.reset()
                 env.close()
+
+    def test_http_answers_that_make_no_sense(self) -> None:
+        cases: list[tuple[str, type[Exception]]] = [
+            ("500 X\r\nContent-Length: 100\r\n\r\nabc", ConnectionError),
+            ('422 X\r\n\r\n{"detail":["x"]}', client.ServerError),
+            ('422 X\r\n\r\n{"detail":[{"a":1}]}', client.ServerError),
+            ("503 X\r\n\r\n<html>", client.ServerError),
+            ("302 X\r\nLocation: http://127.0.0.1:1/\r\n\r\n", client.ServerError),
+            ("200 X\r\n\r\n" + "[" * 100_000, ConnectionError),
+            ("200 X\r\n\r\nnonsense", ConnectionError),
+            ('200 X\r\n\r\n{"observation":{},"reward":"high"}', ConnectionError),
+            ('200 X\r\n\r\n{"observation":{},"done":"no"}', ConnectionError),
+            ('200 X\r\n\r\n{"observation":{"message_length":"x"}}', ConnectionError),
+            ('200 X\r\n\r\n{"observation":{},"reward":NaN}', ConnectionError),
+        ]
+        with (
+            socket.create_server(("127.0.0.1", 0)) as listener,
+            ThreadPoolExecutor(1) as pool,
+        ):
+            env = BenchmarkEnv(f"127.0.0.1:{listener.getsockname()[1]}")
+            for answer, expected in cases:
+
+                def serve_one(answer: str = answer) -> None:
+                    sock, _ = listener.accept()
+                    with sock:
+                        sock.recv(65536)
+                        sock.sendall(f"HTTP/1.1 {answer}".encode())
+
+                serving_one = pool.submit(serve_one)
+                with self.subTest(answer=answer[:60]), self.assertRaises(expected):
+                    env.reset()
+                serving_one.result(PATIENCE)
+        with self.assertRaises(ValueError):
+            BenchmarkEnv("localhost", default_headers={"A": "b\r\nC: d"})
 
     def test_idle_client_answers_pings(self) -> None:
         with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -1841,10 +2001,11 @@ class ClientTest(ServerCase):
                 env.reset()
             if os.fork() == 0:
                 for env in envs:
-                    try:
-                        env.state()
-                    except ConnectionError as error:
-                        print("fork" in str(error), flush=True)
+                    for use in (env.state, getattr(env, "connect", env.reset)):
+                        try:
+                            use()
+                        except ConnectionError as error:
+                            print("fork" in str(error), flush=True)
                     env.close()
                 with BenchmarkEnvWS("{self.running.url}") as env:
                     print(env.reset().reward, flush=True)
@@ -1855,7 +2016,7 @@ class ClientTest(ServerCase):
                 env.close()
         """)
         done = run("-c", code)
-        self.assertEqual(done.stdout, "True\nTrue\n0.0\n[0, 0]\n", done.stderr)
+        self.assertEqual(done.stdout, "True\n" * 4 + "0.0\n[0, 0]\n", done.stderr)
 
     def test_default_headers_and_proxies(self) -> None:
         seen: list[str] = []
@@ -2055,6 +2216,9 @@ class CommandLineTest(unittest.TestCase):
 
     @unittest.skipIf(os.name == "nt", "Windows has no such signals")
     def test_signals(self) -> None:
+        with Command("--port", "0") as command:
+            command.process.terminate()  # as soon as it said where it is
+        self.assertEqual(command.process.returncode, 0)
         for number in (signal.SIGTERM, signal.SIGINT):
             with Command("--port", "0") as command, BenchmarkEnvWS(command.url) as env:
                 env.reset()
@@ -2153,10 +2317,13 @@ def wait(condition):
         time.sleep(0.02)
 
 
-def run(name):
+def run(name, image):
     command = json.loads(re.findall(r"^CMD (.*)$", (PROJECT / "Dockerfile").read_text(), re.M)[0])
     command[command.index("python")] = sys.executable
     command[command.index("--port") + 1] = "0"
+    if image != "benchmark-env:latest":
+        text = "import time; print('last words on http://x:1', flush=True); time.sleep({{}})"
+        command = [sys.executable, "-c", text.format(60 if image == "sick" else 0)]
     with open(STATE / f"{{name}}.log", "w") as log:
         child = subprocess.Popen(command, cwd=PROJECT, stdin=subprocess.DEVNULL, stdout=log,
                                  stderr=log, start_new_session=True)
@@ -2167,9 +2334,10 @@ command, *arguments = sys.argv[1:]
 with open(STATE / "calls", "a") as calls:
     print(json.dumps(sys.argv[1:]), file=calls)
 if command == "run":
-    if arguments[-1] != "benchmark-env:latest":
-        sys.exit(f"Unable to find image {{arguments[-1]!r}} locally")
-    run(arguments[arguments.index("--name") + 1])
+    image, name = arguments[-1], arguments[arguments.index("--name") + 1]
+    if image not in ("benchmark-env:latest", "dies", "sick"):
+        sys.exit(f"Unable to find image {{image!r}} locally")
+    run(name, image)
     sys.exit()
 name = next(a for a in arguments if a.startswith("openenv-"))
 if not (STATE / name).exists():
@@ -2354,6 +2522,19 @@ class ReadmeExamplesTest(unittest.TestCase):
             missing = self.assertRaisesRegex(RuntimeError, "Unable to find image")
             with mock.patch.dict(os.environ, env), missing:
                 client.BenchmarkEnv.from_docker_image("no-such-image")
+            with mock.patch.dict(os.environ, env):
+                with self.assertRaisesRegex(RuntimeError, "ended\nlast words"):
+                    BenchmarkEnvWS.from_docker_image("dies")
+                provider = client.LocalDockerProvider()
+                url = provider.start_container("sick", env_vars={"A": "b"}, memory="2g")
+                with self.assertRaisesRegex(TimeoutError, "not healthy.*\nlast words"):
+                    provider.wait_for_ready(url, timeout_s=0.1)
+            left = {path.name for path in Path(directory).iterdir()}
+            containers = {name for name in left if not name.endswith(".log")}
+            self.assertEqual(containers, {"docker", "calls"})
+            nowhere = mock.patch.dict(os.environ, PATH=directory + "/none")
+            with nowhere, self.assertRaisesRegex(RuntimeError, "no docker"):
+                BenchmarkEnv.from_docker_image("benchmark-env:latest")
 
     def check_console(self, block: Block, url: str) -> None:
         for command, expected in commands(block):
