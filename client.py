@@ -823,7 +823,7 @@ def to_json(value: Any) -> Any:
         TypeError: it has no JSON form.
     """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+        return {name: getattr(value, name) for name in _field_names(type(value))}
     if isinstance(value, Enum):
         return value.value
     if isinstance(value, (set, frozenset)):
@@ -836,6 +836,11 @@ def to_json(value: Any) -> Any:
 encode_json = json.JSONEncoder(
     allow_nan=False, separators=(",", ":"), default=to_json
 ).encode
+
+
+@cache
+def _field_names(cls: type) -> list[str]:
+    return [f.name for f in dataclasses.fields(cls)]
 
 
 @cache
@@ -854,50 +859,56 @@ def from_json(kind: Any, value: Any) -> Any:
     Raises:
         TypeError, ValueError: the value does not fit.
     """
-    if dataclasses.is_dataclass(kind):
-        if not isinstance(value, dict):
-            raise TypeError(f"{_shorten(repr(value))} is no {kind}")
-        types = field_types(kind)  # type: ignore[arg-type]
-        given = {k: from_json(types[k], v) for k, v in value.items() if k in types}
-        return kind(**given)  # type: ignore[operator]
+    return _reader(kind)(value)
+
+
+@cache
+def _reader(kind: Any) -> Callable[[Any], Any]:
+    """Return the function that reads a type: its annotation is looked at once only."""
     origin, arguments = get_origin(kind), get_args(kind)
-    if origin is None:
-        return _from_plain(kind, value)
-    if origin is dict and len(arguments) == 2:
-        return {k: from_json(arguments[1], v) for k, v in value.items()}
-    if origin in (list, set, frozenset):
-        return origin(from_json(arguments[0], v) for v in value)
-    if origin is tuple and arguments[1:] == (...,):
-        return tuple(from_json(arguments[0], v) for v in value)
-    if origin is tuple:
-        return tuple(from_json(a, v) for a, v in zip(arguments, value))
-    if origin is Union or type(kind).__name__ == "UnionType":
-        return _from_union(arguments, value)
-    return value  # Literal, and what cannot be told apart
-
-
-def _from_plain(kind: Any, value: Any) -> Any:
-    if kind is float and type(value) is int or kind is int and type(value) is float:
-        if kind(value) != value:
-            raise ValueError(f"{value!r} is no {kind.__name__}")
-        return kind(value)  # to JSON, 1 and 1.0 are one number
+    if dataclasses.is_dataclass(kind):
+        fields = {k: _reader(t) for k, t in field_types(kind).items()}  # type: ignore[arg-type]
+        return lambda value: kind(  # type: ignore[operator]
+            **{k: fields[k](v) for k, v in _a(dict, value).items() if k in fields}
+        )
     if isinstance(kind, type) and issubclass(kind, Enum):
-        return kind(value)
-    if (
-        kind in (str, int, float, bool, type(None), dict, list)
-        and type(value) is not kind
-    ):
+        return kind
+    if kind is float:
+        return lambda value: _a(float, float(value) if type(value) is int else value)
+    if kind is int:  # to JSON, 1 and 1.0 are one number
+        return lambda value: _a(int, _whole(value))
+    if kind in (str, bool, type(None), dict, list):
+        return lambda value: _a(kind, value)
+    items = [_reader(argument) for argument in arguments if argument is not ...]
+    if origin is dict:
+        return lambda value: {k: items[1](v) for k, v in _a(dict, value).items()}
+    if origin is tuple and ... not in arguments:
+        return lambda value: tuple(read(v) for read, v in zip(items, _a(list, value)))
+    if origin in (list, tuple, set, frozenset):
+        return lambda value: origin(items[0](v) for v in _a(list, value))
+    if origin is Union or type(kind).__name__ == "UnionType":
+        return lambda value: _read_union(arguments, value)
+    return lambda value: value  # Any, Literal, and what cannot be told apart
+
+
+def _a(kind: type, value: Any) -> Any:
+    """Return ``value`` if it is of the type, precisely."""
+    if type(value) is not kind:
         raise TypeError(f"{_shorten(repr(value))} is no {kind.__name__}")
     return value
 
 
-def _from_union(members: tuple[Any, ...], value: Any) -> Any:
-    if value is None or type(value) in members:
+def _whole(value: Any) -> Any:
+    return int(value) if type(value) is float and value.is_integer() else value
+
+
+def _read_union(members: tuple[Any, ...], value: Any) -> Any:
+    if type(value) in members:
         return value
     for member in members:
         try:
             return from_json(member, value)
-        except (TypeError, ValueError, AttributeError):
+        except (TypeError, ValueError):
             continue
     raise TypeError(f"{_shorten(repr(value))} is none of {members}")
 
@@ -1086,7 +1097,7 @@ class EnvClient(Generic[ActT, ObsT, StateT]):
     def _read(self, parse: Callable[[dict[str, Any]], T], answer: dict[str, Any]) -> T:
         try:
             return parse(answer)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, ArithmeticError) as error:
             raise ConnectionError(
                 f"the answer is not as it should be: {error}"
             ) from error

@@ -222,8 +222,8 @@ def validate(schema: Mapping[str, Any], value: Any, loc: Loc) -> list[dict[str, 
         if not holds(value):
             return [_fault(name, f"Input should be {words}", loc, value)]
     found = []
-    for keyword in schema:
-        if keyword in _BOUNDS:
+    if not _BOUNDS.keys().isdisjoint(schema):
+        for keyword in _BOUNDS.keys() & schema.keys():
             found += _out_of_bounds(keyword, schema[keyword], value, loc)
     if "anyOf" in schema:
         tries = [validate(member, value, loc) for member in schema["anyOf"]]
@@ -320,6 +320,13 @@ def _invalid(errors: list[dict[str, Any]]) -> Failure:
     return Failure(422, f"Invalid message: {words}", "VALIDATION_ERROR", errors=errors)
 
 
+def check(schema: Mapping[str, Any], value: Any, loc: Loc) -> None:
+    """Raise a `Failure` that lists every fault of ``value``, if it has any."""
+    errors = validate(schema, value, loc)
+    if errors:
+        raise _invalid(errors)
+
+
 def _finite(text: str) -> float:
     number = float(text)
     if number in (float("inf"), float("-inf")):
@@ -403,8 +410,46 @@ class StepOptions:
     )
 
 
+_SESSION_ID: dict[str, Any] = {
+    "name": "X-Session-Id",
+    "in": "header",
+    "required": False,
+    "description": "A session with an environment of its own; without it, one is shared",
+    "schema": {"type": "string", "minLength": 1, "maxLength": 255},
+}
+_OBJECT = {"type": "object"}
 RESET_SCHEMA = json_schema(ResetRequest, extra=True)
-STEP_OPTIONS_SCHEMA = json_schema(StepOptions, extra=True)
+
+
+def step_schema(action: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the schema of a ``/step`` request, given that of the action."""
+    schema = json_schema(StepOptions, extra=True)
+    properties = {"action": action, **schema["properties"]}
+    words = "An action, and options beside it"
+    required = {"properties": properties, "required": ["action"]}
+    return {**schema, "title": "StepRequest", "description": words, **required}
+
+
+def message_schemas(action: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the schemas of OpenEnv's WebSocket messages, by their type."""
+    data = {
+        "reset": RESET_SCHEMA,
+        "step": action,
+        "state": None,
+        "mcp": _OBJECT,
+        "close": None,
+    }
+    return {
+        kind: {
+            "type": "object",
+            "properties": {"type": {}, **({"data": schema} if schema else {})},
+            "required": ["type", "data"] if kind in ("step", "mcp") else ["type"],
+            "additionalProperties": False,
+        }
+        for kind, schema in data.items()
+    }
+
+
 _numbers = itertools.count(1)  # of WebSocket sessions, for the log
 SHARED = ""  # the name of the session of all HTTP requests that name none
 
@@ -470,39 +515,22 @@ class Session:
             )
         self.app.remove(self)
 
-    def reset(self, data: dict[str, Any], loc: Loc) -> str:
+    def reset(self, data: dict[str, Any]) -> str:
         """Begin an episode; return the JSON of OpenEnv's observation answer."""
-        self._check(RESET_SCHEMA, data, loc)
         method = getattr(self._env, "reset_async", None) or self._env.reset
-        return self._observe(
-            method, _accepted(method, client.from_json(ResetRequest, data), data)
-        )
+        return self._observe(method, _accepted(method, ResetRequest, data))
 
-    def step(
-        self, action: Any, loc: Loc, options: dict[str, Any], options_loc: Loc
-    ) -> str:
-        """Act once; return the JSON of OpenEnv's observation answer."""
-        errors = validate(self.app.action_schema, action, loc)
-        if options:
-            errors += validate(STEP_OPTIONS_SCHEMA, options, options_loc)
-        if errors:
-            raise _invalid(errors)
-        method = getattr(self._env, "step_async", None) or self._env.step
-        given = (
-            _accepted(method, client.from_json(StepOptions, options), options)
-            if options
-            else {}
-        )
+    def step(self, action: Any, options: dict[str, Any], loc: Loc) -> str:
+        """Act once; return the JSON of OpenEnv's observation answer.
+
+        ``loc`` is where the action stood, for faults that only its class finds.
+        """
         try:
             taken = client.from_json(self.app.action_cls, action)
-        except (TypeError, ValueError) as error:  # the class has checks of its own
-            fault = {
-                "type": "value_error",
-                "loc": list(loc),
-                "msg": str(error),
-                "input": action,
-            }
-            raise _invalid([fault]) from error
+        except (TypeError, ValueError) as error:
+            raise _invalid([_fault("value_error", str(error), loc, action)]) from error
+        method = getattr(self._env, "step_async", None) or self._env.step
+        given = _accepted(method, StepOptions, options) if options else {}
         answer = self._observe(method, given, taken)
         self.steps += 1
         return answer
@@ -527,32 +555,23 @@ class Session:
                 422, "Invalid JSON: send text messages, not binary", "INVALID_JSON"
             )
         message = parse_json(text, ())
-        self._check({"type": "object"}, message, ())
-        kind = message.get("type")
-        schema = MESSAGES.get(kind) if isinstance(kind, str) else None
-        if schema is None:
-            raise Failure(
-                422,
-                f"Unknown message type: {kind!r}; known are {', '.join(MESSAGES)}",
-                "UNKNOWN_TYPE",
-            )
-        self._check(schema, message, ())
+        if not isinstance(message, dict):
+            check(_OBJECT, message, ())
+        kind, schemas = message.get("type"), self.app.messages
+        if not isinstance(kind, str) or kind not in schemas:
+            words = f"Unknown message type: {kind!r}; known are {', '.join(schemas)}"
+            raise Failure(422, words, "UNKNOWN_TYPE")
+        check(schemas[kind], message, ())
+        data = message.get("data", {})
         if kind == "step":
-            return f'{{"type":"observation","data":{self.step(message["data"], ("data",), {}, ())}}}'
+            return f'{{"type":"observation","data":{self.step(data, {}, ("data",))}}}'
         if kind == "reset":
-            return f'{{"type":"observation","data":{self.reset(message.get("data", {}), ("data",))}}}'
+            return f'{{"type":"observation","data":{self.reset(data)}}}'
         if kind == "state":
             return f'{{"type":"state","data":{self.state()}}}'
         if kind == "mcp":
-            return client.encode_json(
-                {"type": "mcp", "data": mcp_answer(message["data"])}
-            )
+            return client.encode_json({"type": "mcp", "data": mcp_answer(data)})
         return None
-
-    def _check(self, schema: Mapping[str, Any], value: Any, loc: Loc) -> None:
-        errors = validate(schema, value, loc)
-        if errors:
-            raise _invalid(errors)
 
     def _observe(
         self, method: Callable[..., Any], given: dict[str, Any], *action: Any
@@ -614,37 +633,16 @@ def _parameters(function: Callable[..., Any]) -> tuple[frozenset[str], bool]:
 
 
 def _accepted(
-    method: Callable[..., Any], request: Any, data: dict[str, Any]
+    method: Callable[..., Any], cls: type, data: dict[str, Any]
 ) -> dict[str, Any]:
     """Of what the caller sent, return what the environment's method takes."""
     names, any_name = _parameters(getattr(method, "__func__", method))
-    given = {**data, **{k: v for k, v in vars(request).items() if k in data}}
+    types = client.field_types(cls)
     return {
-        k: v
-        for k, v in given.items()
-        if (k in names or any_name) and k not in ("self", "action")
+        name: client.from_json(types.get(name, Any), value)
+        for name, value in data.items()
+        if (name in names or any_name) and name not in ("self", "action")
     }
-
-
-_OBJECT = {"type": "object"}
-MESSAGES = {
-    kind: {
-        "type": "object",
-        "properties": {
-            "type": {"type": "string"},
-            **({"data": _OBJECT} if data else {}),
-        },
-        "required": ["type", "data"] if data == "required" else ["type"],
-        "additionalProperties": False,
-    }
-    for kind, data in {
-        "reset": "optional",
-        "step": "required",
-        "state": "",
-        "mcp": "required",
-        "close": "",
-    }.items()
-}
 
 
 def mcp_answer(request: Any) -> dict[str, Any]:
@@ -719,7 +717,8 @@ class App:
             raise TypeError(
                 "a dataclass that contains itself has no schema here"
             ) from None
-        self.action_schema = self.schemas["action"]
+        self.step_schema = step_schema(self.schemas["action"])
+        self.messages = message_schemas(self.schemas["action"])
         self.metadata = _metadata(env, env_name)
         self.lock = threading.Lock()  # guards the sessions' comings and goings
         self._sessions: dict[object, Session] = {}
@@ -1344,36 +1343,27 @@ class Handler(BaseHTTPRequestHandler):
 
     def _session_name(self) -> str:
         name = self.fields.get("x-session-id")
-        if name is not None and not 0 < len(name) <= 255:
-            loc: Loc = ("header", "x-session-id")
-            raise _invalid(
-                validate(
-                    {"type": "string", "minLength": 1, "maxLength": 255}, name, loc
-                )
-            )
+        if name is not None:
+            check(_SESSION_ID["schema"], name, ("header", "x-session-id"))
         return name or SHARED
 
-    def _body(self, body: bytes) -> dict[str, Any]:
+    def _body(self, body: bytes, schema: Mapping[str, Any]) -> dict[str, Any]:
         value = parse_json(body, ("body",)) if body.strip() else {}
-        if not isinstance(value, dict):
-            raise _invalid(validate(_OBJECT, value, ("body",)))
-        return value
+        check(schema, value, ("body",))
+        data: dict[str, Any] = value
+        return data
 
     def post_reset(self, body: bytes) -> None:
-        data = self._body(body)
+        data = self._body(body, RESET_SCHEMA)
         with self.app.use(self._session_name(), create=True) as session:
-            answer = session.reset(data, ("body",))
+            answer = session.reset(data)
         self._send_json(answer)
 
     def post_step(self, body: bytes) -> None:
-        data, name = self._body(body), self._session_name()
-        if "action" not in data:
-            raise _invalid(
-                validate({"type": "object", "required": ["action"]}, data, ("body",))
-            )
+        data, name = self._body(body, self.app.step_schema), self._session_name()
         action = data.pop("action")
         with self.app.use(name, create=name == SHARED) as session:
-            answer = session.step(action, ("body", "action"), data, ("body",))
+            answer = session.step(action, data, ("body", "action"))
         self._send_json(answer)
 
     def get_state(self, body: bytes) -> None:
@@ -1720,15 +1710,6 @@ def openapi(app: App) -> dict[str, Any]:
     }
 
 
-_SESSION_ID = {
-    "name": "X-Session-Id",
-    "in": "header",
-    "required": False,
-    "description": "A session with an environment of its own; without it, one is shared",
-    "schema": {"type": "string", "minLength": 1, "maxLength": 255},
-}
-
-
 def _content(schema: str, given: Any) -> dict[str, Any]:
     examples = {"example": {"summary": "An example", "value": given}}
     return {"application/json": {"schema": _ref(schema), "examples": examples}}
@@ -1766,9 +1747,6 @@ def _components(app: App) -> dict[str, Any]:
         k: v for k, v in observation["properties"].items() if k not in beside
     }
     observation["required"] = [k for k in observation["required"] if k not in beside]
-    options = STEP_OPTIONS_SCHEMA["properties"]
-    step = _object("An action, and options beside it", action=_ref("Action"))
-    step["properties"].update(options)
     rpc = _object(
         "A JSON-RPC 2.0 request",
         jsonrpc={"const": "2.0"},
@@ -1781,7 +1759,7 @@ def _components(app: App) -> dict[str, Any]:
         "Observation": app.schemas["observation"],
         "State": app.schemas["state"],
         "ResetRequest": RESET_SCHEMA,
-        "StepRequest": step,
+        "StepRequest": app.step_schema,
         "StepResult": _object(
             "An observation, its reward, and whether the episode is over",
             observation=observation,
@@ -1913,6 +1891,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"--env {options.env}: {error}")
     except (OSError, OverflowError) as error:
         parser.error(f"cannot listen on {options.host} port {options.port}: {error}")
+    logging.logProcesses = logging.logThreads = False  # saves a system call a line
     client.raise_file_limit()
     sys.setswitchinterval(0.02)  # of many busy threads each gets more done per turn
     _stop_on_signals(server)
