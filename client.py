@@ -76,9 +76,10 @@ OPCODE_NAMES = {
 NORMAL, GOING_AWAY, PROTOCOL_ERROR, NO_STATUS, ABNORMAL = 1000, 1001, 1002, 1005, 1006
 INVALID_DATA, MESSAGE_TOO_BIG, INTERNAL_ERROR, TRY_AGAIN_LATER = 1007, 1009, 1011, 1013
 
-# Sizes in bytes: of a read when no large frame is expected; of a write; of the messages
-# that `WebSocket.tend` may hold for the next `recv`; of an opening handshake.
-_RECV_SIZE, _SEND_SIZE, _HELD_LIMIT, _HEADER_LIMIT = 1 << 16, 1 << 18, 1 << 20, 1 << 16
+# Sizes in bytes: of a read when no large frame is expected (a thread that waits holds so
+# much, so it is small); of any other; of what `WebSocket.tend` may hold for the next `recv`;
+# of the head of an opening handshake.
+_RECV_SIZE, _BLOCK_SIZE, _HELD_LIMIT, _HEAD_LIMIT = 1 << 11, 1 << 18, 1 << 20, 1 << 16
 # A kept message costs more than its bytes; and a flood must not hold `tend` up (seconds).
 _MESSAGE_COST, _TEND_SECONDS = 100, 0.002
 
@@ -358,7 +359,7 @@ class WebSocket:
             raise self._ended()
         expected = self._frame.left if self._frame else 0
         try:
-            data = self._sock.recv(min(max(expected, _RECV_SIZE), _SEND_SIZE), flags)
+            data = self._sock.recv(min(max(expected, _RECV_SIZE), _BLOCK_SIZE), flags)
         except _WOULD_BLOCK:
             raise TimeoutError(f"no message within {self._timeout} s") from None
         except OSError as error:
@@ -515,28 +516,37 @@ class WebSocket:
 
     def frame(self, opcode: int, payload: bytes) -> bytes:
         """Return the bytes of one final frame; see `_parse_header` for the layout."""
+        head, payload = self._frame_parts(opcode, payload)
+        return head + payload
+
+    def _frame_parts(self, opcode: int, payload: bytes) -> tuple[bytes, bytes]:
         size = len(payload)
         mask = 0x80 if self._client else 0
         if size < 126:
-            header = struct.pack("!BB", 0x80 | opcode, mask | size)
+            head = struct.pack("!BB", 0x80 | opcode, mask | size)
         elif size < 1 << 16:
-            header = struct.pack("!BBH", 0x80 | opcode, mask | 126, size)
+            head = struct.pack("!BBH", 0x80 | opcode, mask | 126, size)
         else:
-            header = struct.pack("!BBQ", 0x80 | opcode, mask | 127, size)
+            head = struct.pack("!BBQ", 0x80 | opcode, mask | 127, size)
         if not self._client:
-            return header + payload
+            return head, payload
         key = os.urandom(4)  # unpredictable, to protect proxies (section 10.3)
-        return header + key + apply_mask(payload, key)
+        return head + key, apply_mask(payload, key)
 
     def _send_frame(self, opcode: int, payload: bytes) -> None:
-        frame = self.frame(opcode, payload)
+        head, data = self._frame_parts(opcode, payload)
         with self._sending:
             if self._closed or self._close_sent:
                 raise self._ended()
             self._close_sent = opcode == CLOSE  # the last frame of all (section 5.5.1)
             if self._trace:
                 _trace_frame(self._trace, "->", True, opcode, self._client, payload)
-            self._transmit(frame, wait=not (self._tending or opcode == CLOSE))
+            wait = not (self._tending or opcode == CLOSE)
+            if len(data) < _BLOCK_SIZE:  # in one packet, if it is small
+                head, data = head + data, b""
+            self._transmit(head, wait)
+            if data:
+                self._transmit(data, wait)
 
     def _transmit(self, frame: bytes, wait: bool) -> None:
         """Hand a frame to the kernel, in one call if it is not a huge one."""
@@ -548,9 +558,9 @@ class WebSocket:
                 self._unsent = frame[self._sock.send(frame, self._nowait) :]
                 return
             view = memoryview(frame)
-            for start in range(0, len(frame), _SEND_SIZE):
+            for start in range(0, len(frame), _BLOCK_SIZE):
                 self._sending_since = time.monotonic()
-                self._sock.sendall(view[start : start + _SEND_SIZE])
+                self._sock.sendall(view[start : start + _BLOCK_SIZE])
             self._sending_since = None
         except _WOULD_BLOCK:
             if wait:  # part of a frame is out, and nothing may follow it but the rest
@@ -634,7 +644,7 @@ def linger(sock: socket.socket, deadline: float, first: bool) -> None:
             sock.shutdown(socket.SHUT_WR)
         while time.monotonic() < deadline:
             sock.settimeout(max(deadline - time.monotonic(), 0.001))
-            if not sock.recv(_RECV_SIZE):
+            if not sock.recv(_BLOCK_SIZE):
                 break
     except OSError:
         pass  # the peer is gone, or in no hurry
@@ -730,7 +740,7 @@ def _read_handshake(
     """Check the server's answer (section 4.1) and return the bytes that followed it."""
     data = b""
     while b"\r\n\r\n" not in data:
-        chunk = _recv_until(sock, deadline) if len(data) <= _HEADER_LIMIT else b""
+        chunk = _recv_until(sock, deadline) if len(data) <= _HEAD_LIMIT else b""
         if not chunk:
             raise ConnectionError("the answer is no HTTP: is this a WebSocket server?")
         data += chunk
@@ -772,7 +782,7 @@ def _recv_until(sock: socket.socket, deadline: float) -> bytes:
 def _refusal(sock: socket.socket, body: bytes, deadline: float) -> str:
     """The sentence in the JSON body of a refused handshake, or nothing."""
     try:
-        while len(body) < _HEADER_LIMIT:
+        while len(body) < _HEAD_LIMIT:
             try:
                 return f": {json.loads(body)['detail']}"
             except ValueError:
@@ -1611,15 +1621,17 @@ class LocalDockerProvider:
 class _Lane:
     """One session of the benchmark: sends the same request again and again.
 
-    The request's bytes are made once and the answers are looked at, not parsed, so that
-    the server is what is measured.
+    Requests are made once, and of an answer only the beginning is looked at, so that the
+    server is what is measured.
     """
+
+    scratch = bytearray(1 << 20)  # what was received, overwritten each time
 
     def __init__(
         self, sock: socket.socket, reset: bytes, step: bytes, http: bool
     ) -> None:
         self.sock, self.reset, self.step, self.http = sock, reset, step, http
-        self.buffer = bytearray()
+        self.head, self.got = b"", 0  # of the answer that is due
         self.sent_at = 0.0
 
     def send(self, request: bytes) -> None:
@@ -1627,46 +1639,41 @@ class _Lane:
         self.sock.sendall(request)
 
     def receive(self) -> bytes | None:
-        """Receive what there is; return the answer once it is whole.
+        """Receive what there is; return the answer's beginning once all of it has come.
 
         Raises:
             ConnectionError: the server closed the connection.
         """
-        data = self.sock.recv(1 << 18)
-        if not data:
+        size = self.sock.recv_into(self.scratch)
+        if not size:
             raise ConnectionError("the server closed the connection")
-        self.buffer += data
-        size = self._http_size() if self.http else self._frame_size()
-        if size is None or len(self.buffer) < size:
+        self.got += size
+        if len(self.head) < 4096:
+            self.head += self.scratch[: min(size, 4096)]
+        due = self._http_size() if self.http else self._frame_size()
+        if due is None or self.got < due:
             return None
-        answer = bytes(self.buffer[:size])
-        del self.buffer[:size]
-        if not self.http and answer[0] & 0x0F == PING:
-            pong = bytes((0x80 | PONG, 0x80 | answer[1])) + bytes(4) + answer[2:]
-            self.sock.sendall(pong)
-            return None
-        return answer
+        answer, self.head, self.got = self.head, self.head[due:], self.got - due
+        if self.http or answer[0] & 0x0F != PING:
+            return answer
+        pong = bytes((0x80 | PONG, 0x80 | answer[1])) + bytes(4) + answer[2:due]
+        self.sock.sendall(pong)
+        return None
 
     def _frame_size(self) -> int | None:
-        buffer = self.buffer
-        extended = {126: 2, 127: 8}.get(buffer[1], 0) if len(buffer) > 1 else 8
-        if len(buffer) < 2 + extended:
+        head = self.head
+        extended = {126: 2, 127: 8}.get(head[1], 0) if len(head) > 1 else 8
+        if len(head) < 2 + extended:
             return None
-        length = (
-            int.from_bytes(buffer[2 : 2 + extended], "big") if extended else buffer[1]
-        )
+        length = int.from_bytes(head[2 : 2 + extended], "big") if extended else head[1]
         return 2 + extended + length
 
     def _http_size(self) -> int | None:
-        end = self.buffer.find(b"\r\n\r\n")
+        end = self.head.find(b"\r\n\r\n")
         if end < 0:
             return None
-        head = bytes(self.buffer[:end]).lower()
-        return (
-            end
-            + 4
-            + int(head.partition(b"\r\ncontent-length:")[2].split(b"\r\n")[0] or 0)
-        )
+        fields = self.head[:end].lower().partition(b"\r\ncontent-length:")[2]
+        return end + 4 + int(fields.split(b"\r\n")[0] or 0)
 
 
 def _open_lanes(url: str, sessions: int, message: str, http: bool) -> list[_Lane]:

@@ -26,6 +26,7 @@ import dataclasses
 import functools
 import hashlib
 import inspect
+import io
 import ipaddress
 import itertools
 import json
@@ -40,6 +41,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from email.utils import formatdate
 from enum import Enum
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -515,13 +517,19 @@ class Session:
             )
         self.app.remove(self)
 
-    def reset(self, data: dict[str, Any]) -> str:
-        """Begin an episode; return the JSON of OpenEnv's observation answer."""
+    def reset(self, data: dict[str, Any], around: tuple[str, str] = ("", "")) -> str:
+        """Begin an episode; return the JSON of its first observation, and what goes around."""
         method = getattr(self._env, "reset_async", None) or self._env.reset
-        return self._observe(method, _accepted(method, ResetRequest, data))
+        return self._observe(method, _accepted(method, ResetRequest, data), (), around)
 
-    def step(self, action: Any, options: dict[str, Any], loc: Loc) -> str:
-        """Act once; return the JSON of OpenEnv's observation answer.
+    def step(
+        self,
+        action: Any,
+        options: dict[str, Any],
+        loc: Loc,
+        around: tuple[str, str] = ("", ""),
+    ) -> str:
+        """Act once; return the JSON of the observation, and what goes around it.
 
         ``loc`` is where the action stood, for faults that only its class finds.
         """
@@ -531,7 +539,7 @@ class Session:
             raise _invalid([_fault("value_error", str(error), loc, action)]) from error
         method = getattr(self._env, "step_async", None) or self._env.step
         given = _accepted(method, StepOptions, options) if options else {}
-        answer = self._observe(method, given, taken)
+        answer = self._observe(method, given, (taken,), around)
         self.steps += 1
         return answer
 
@@ -564,9 +572,9 @@ class Session:
         check(schemas[kind], message, ())
         data = message.get("data", {})
         if kind == "step":
-            return f'{{"type":"observation","data":{self.step(data, {}, ("data",))}}}'
+            return self.step(data, {}, ("data",), OBSERVATION)
         if kind == "reset":
-            return f'{{"type":"observation","data":{self.reset(data)}}}'
+            return self.reset(data, OBSERVATION)
         if kind == "state":
             return f'{{"type":"state","data":{self.state()}}}'
         if kind == "mcp":
@@ -574,20 +582,26 @@ class Session:
         return None
 
     def _observe(
-        self, method: Callable[..., Any], given: dict[str, Any], *action: Any
+        self,
+        method: Callable[..., Any],
+        given: dict[str, Any],
+        action: tuple[Any, ...],
+        around: tuple[str, str],
     ) -> str:
         """Call ``reset`` or ``step``, and make JSON of the observation it returns."""
         try:
             observation = self._run(method, *action, **given)
-            fields = dict(
-                observation
-                if isinstance(observation, dict)
-                else client.to_json(observation)
-            )
-            reward, done = fields.pop("reward", None), fields.pop("done", False)
-            return client.encode_json(
-                {"observation": fields, "reward": reward, "done": done}
-            )
+            if not isinstance(observation, dict):
+                observation = client.to_json(observation)
+            fields = dict(observation)
+            parts = {
+                "observation": fields,
+                "reward": fields.pop("reward", None),
+                "done": fields.pop("done", False),
+            }
+            if any(type(v) is str and len(v) > LONG for v in fields.values()):
+                return "".join([around[0], *_encode_long(parts), around[1]])
+            return f"{around[0]}{client.encode_json(parts)}{around[1]}"
         except BaseException as error:
             raise _execution(error) from error
 
@@ -605,6 +619,33 @@ class Session:
         if isinstance(self.key, tuple):
             return "-".join(map(str, self.key))
         return ascii(self.key) if self.key != SHARED else "(shared)"
+
+
+OBSERVATION = (
+    '{"type":"observation","data":',
+    "}",
+)  # what a WebSocket message has around it
+LONG = 10_000  # characters
+_ESCAPED = bytes([*range(32), *b'"\\', 127])
+
+
+def _encode_long(value: Any) -> Iterator[str]:
+    """Encode dicts with a long text in them: json looks at each character by itself and
+    escapes what needs it, but whether any does can be seen in a third of the time.
+    """
+    if isinstance(value, dict):
+        for i, (name, item) in enumerate(value.items()):
+            yield f"{',' if i else '{'}{client.encode_json(str(name))}:"
+            yield from _encode_long(item)
+        yield "}" if value else "{}"
+    elif (
+        type(value) is str
+        and value.isascii()
+        and len(value.encode().translate(None, _ESCAPED)) == len(value)
+    ):
+        yield from ('"', value, '"')
+    else:
+        yield client.encode_json(value)
 
 
 def _words(error: BaseException) -> str:
@@ -1240,6 +1281,9 @@ class Handler(BaseHTTPRequestHandler):
     def version_string(self) -> str:
         return self.server_version
 
+    def date_time_string(self, timestamp: float | None = None) -> str:
+        return _http_date(int(time.time() if timestamp is None else timestamp))
+
     def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
         """Log a request: escaped, so that what a client sends cannot forge a line."""
         if log.isEnabledFor(logging.INFO):
@@ -1279,7 +1323,10 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.flush()
         self.connection.settimeout(0)
         early = self.rfile.read1(MAX_LINE) or b""
-        self.rfile.close()
+        for file in (self.rfile, self.wfile):  # frees 16 kB a session
+            file.close()
+        self.rfile = self.wfile = io.BytesIO()  # which http.server may flush and close
+        self.fields = {}
         self.close_connection = True  # once the session is over
         size = self.app.max_message_size
         self.websocket = client.WebSocket(
@@ -1434,6 +1481,12 @@ for _path, _methods in ROUTES.items():
         _methods["HEAD"] = _methods["GET"]
 
 
+@functools.lru_cache(maxsize=1)
+def _http_date(second: int) -> str:
+    """Return an HTTP date; making one anew for each answer is a tenth of its cost."""
+    return formatdate(second, usegmt=True)
+
+
 def _tokens(value: str | None) -> list[str]:
     """Return the comma-separated tokens of a header field, in lower case."""
     return [token.strip() for token in (value or "").lower().split(",")]
@@ -1444,6 +1497,7 @@ def _authority(text: str) -> str:
     return re.sub(r":(80|443)$", "", text.strip().lower())
 
 
+@functools.lru_cache(maxsize=256)
 def _is_loopback(authority: str) -> bool:
     match = re.fullmatch(
         r"(?:\[([0-9a-f:.]+)\]|([^:/?#@\\\[\]]+))(?::[0-9]+)?", authority
@@ -1891,7 +1945,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"--env {options.env}: {error}")
     except (OSError, OverflowError) as error:
         parser.error(f"cannot listen on {options.host} port {options.port}: {error}")
-    logging.logProcesses = logging.logThreads = False  # saves a system call a line
+    # What a line of the log does not show need not be found out (logging HOWTO, Optimization).
+    logging.logProcesses = logging.logThreads = False
+    logging._srcfile = None
     client.raise_file_limit()
     sys.setswitchinterval(0.02)  # of many busy threads each gets more done per turn
     _stop_on_signals(server)

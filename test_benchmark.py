@@ -1802,13 +1802,14 @@ class ClientTest(ServerCase):
                     self.assertEqual(
                         first.observation.echoed_message, "Benchmark environment ready!"
                     )
-                    for message in ("", "x" * 127, "y" * 65_537, "𝄞 ünï", "\ud800"):
+                    long = ("y" * 65_537, 'a"b\\c\n\x7fü' * 9_999, "\x1f" * 20_000)
+                    for message in ("", "x" * 127, "𝄞 ünï", "\ud800", *long):
                         result = env.step(BenchmarkAction(message), timeout_s=3)
                         self.assertEqual(result.observation.echoed_message, message)
                         self.assertEqual(
                             (result.reward, result.done), (len(message) / 10, False)
                         )
-                    self.assertEqual(env.state(), BenchmarkState("e", 5))
+                    self.assertEqual(env.state(), BenchmarkState("e", 7))
                     env.close()
                     env.close()
         self.assertEqual(self.http("GET", "/health")[0], 200)
