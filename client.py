@@ -520,6 +520,7 @@ class WebSocket:
         return head + payload
 
     def _frame_parts(self, opcode: int, payload: bytes) -> tuple[bytes, bytes]:
+        """Return the head of a frame and its payload, masked if this is a client."""
         size = len(payload)
         mask = 0x80 if self._client else 0
         if size < 126:
@@ -573,11 +574,8 @@ class WebSocket:
 
     def begin_close(self, code: int = NORMAL, reason: str = "") -> None:
         """Send a Close frame, unless one was sent, and do not wait for the peer's."""
-        body = b""
-        if code not in (
-            NO_STATUS,
-            ABNORMAL,
-        ):  # these stand for "no code" (section 7.4.1)
+        body = b""  # what NO_STATUS stands for
+        if code not in (NO_STATUS, ABNORMAL):
             text = reason.encode()[:123].decode(errors="ignore")
             body = struct.pack("!H", code) + text.encode()
         if not self._sending.acquire(blocking=False):
