@@ -2000,12 +2000,11 @@ def load_environment(name: str) -> tuple[Callable[[], Any], type, type]:
 
 
 def _stop_on_signals(server: Server) -> None:
-    """Let SIGINT and SIGTERM end `serve_forever`; a second one ends the process at once."""
+    """Let SIGINT and SIGTERM end `serve_forever`; after that, SIGINT ends the process."""
     import signal
 
     def stop(signum: int, frame: Any) -> None:
-        for name in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(name, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
         # Not here: the loop to be stopped is what this interrupts.
         threading.Thread(target=server.shutdown, daemon=True).start()
 
@@ -2100,6 +2099,7 @@ STYLE = r"""
 
 /* Text */
 * { box-sizing: border-box; }
+html { scroll-padding-top: 6.25rem; }  /* what Tab or a link brings into sight stays clear of the bar */
 [hidden] { display: none !important; }
 body { margin: 0; background: var(--page); color: var(--text); }
 body, button, input, select, textarea { font: var(--normal)/1.5 system-ui, sans-serif; }
@@ -2112,7 +2112,7 @@ a { color: var(--accent); }
 pre, code, kbd, .code, .values dd, #history td { font-family: var(--mono); font-size: var(--small); }
 pre, .values dd, #history td, .wire code { white-space: pre-wrap; overflow-wrap: anywhere; }
 pre { overflow: auto; max-height: 24rem; padding: 0.75rem; border-radius: 6px; background: var(--inset); }
-kbd { padding: 0 0.3em; border: 1px solid var(--line); border-radius: 4px; }
+kbd { padding: 0 0.3em; border: 1px solid var(--line); border-radius: 4px; white-space: nowrap; }
 summary { border-radius: 4px; cursor: pointer; }
 details > pre, .row + pre { margin-top: 0.375rem; }
 :focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
@@ -2130,6 +2130,9 @@ details > pre, .row + pre { margin-top: 0.375rem; }
 .bar nav { display: flex; gap: 1rem; }
 main { display: grid; grid-template-columns: minmax(0, 1fr); gap: var(--gap); padding: var(--gap); }
 .play { max-width: 120rem; margin: auto; }
+/* Nothing is shown before all of it is drawn, so that nothing moves; only a fault is. */
+.play:has(#action:empty), .manual:has(#operations:empty) { visibility: hidden; }
+#fault { visibility: visible; }
 .column { display: contents; }
 .quick { order: 1; }
 .lead { min-height: 1.5em; color: var(--muted); }
@@ -2158,6 +2161,8 @@ textarea[rows="1"] { min-height: 2.25rem; }
 form + form { margin-top: var(--gap); padding-top: var(--gap); border-top: 1px solid var(--line); }
 .fields { display: grid; gap: 0.5rem 0.75rem; margin-bottom: 0.5rem; }
 .pair { grid-template-columns: 1fr 1fr; }
+.pair .field { display: grid; grid-row: span 3; grid-template-rows: subgrid; row-gap: 0; }
+.pair label { align-content: end; }
 .field label { display: flex; flex-wrap: wrap; align-items: baseline; gap: 0 0.5rem; margin-bottom: 0.25rem; }
 .field:has([type=checkbox]) { display: grid; grid-template-columns: auto 1fr; gap: 0 0.5rem; }
 .field:has([type=checkbox]) label { order: 1; }
@@ -2174,11 +2179,12 @@ form + form { margin-top: var(--gap); padding-top: var(--gap); border-top: 1px s
 #status[data-state=open]::before { background: var(--good); }
 #status[data-state=closed] { color: var(--bad); }
 #status[data-state=closed]::before { background: var(--bad); }
+.bar #status { flex-basis: 60%; }
 #reconnect { font-size: var(--small); }
 #reconnect:disabled { visibility: hidden; }
 
 /* Now */
-.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(6.5rem, 1fr)); gap: 0.5rem; }
+.figures { display: grid; grid-template-columns: 1fr 1fr; gap: 0.5rem; }
 .figures dd { font-size: var(--huge); line-height: 1.3; overflow-wrap: anywhere; }
 .figures dd, .number, time, .latency { font-variant-numeric: tabular-nums; }
 .values { display: grid; grid-template-columns: minmax(6rem, max-content) minmax(0, 1fr); }
@@ -2241,7 +2247,6 @@ td { border-top: 1px solid var(--line); }
 #operations > section > details { margin-top: 0.5rem; border-top: 1px solid var(--line); }
 #operations > section > details > summary { padding-top: 0.5rem; }
 #operations summary > code { margin-right: 0.75rem; font-weight: bold; }
-#operations details, #websocket { scroll-margin-top: 5rem; }
 .method { display: inline-block; min-width: 2.75rem; color: var(--good); font: bold 0.6875rem var(--mono); }
 .method.post { color: var(--accent); }
 .operation { padding: 0.5rem 0 var(--gap) 1rem; }
@@ -2254,13 +2259,18 @@ td { border-top: 1px solid var(--line); }
 .listing h4 { flex: 1; }
 .listing button { border-color: transparent; color: var(--muted); }
 .exchange { display: grid; gap: 0 var(--gap); padding-top: 0.5rem; }
+.exchange + .exchange { margin-top: var(--gap); }
 #console + .wire { height: 20rem; }
 
-@media (min-width: 760px) {
+@media (min-width: 1000px) {
   .bar { flex-wrap: nowrap; }
   .bar h1 { flex: 0 1 auto; }
   .bar nav { order: 1; margin-left: auto; }
   #name { min-width: 12rem; }
+  .bar #status { flex-basis: 18rem; }
+}
+@media (min-width: 760px) {
+  .figures { grid-template-columns: repeat(4, minmax(0, 1fr)); }
   .column { display: grid; grid-template-columns: minmax(0, 1fr); gap: var(--gap); align-content: start; }
   .play { grid-template-columns: minmax(18rem, 5fr) minmax(0, 8fr); }
   .play .lead, .play .column:last-child { grid-column: 1 / -1; }
@@ -2277,6 +2287,7 @@ td { border-top: 1px solid var(--line); }
   .aside { position: sticky; top: 5rem; }
   .aside .wire { height: calc(100vh - 12rem); min-height: 24rem; }
 }
+@media (max-width: 599px) { #reconnect:disabled { display: none; } }
 @media (prefers-reduced-motion: reduce) { * { transition: none !important; } }
 """
 
@@ -2572,7 +2583,11 @@ class Fields {
     if (type === 'integer' || type === 'number') {
       const step = type === 'integer' ? 1 : 'any';
       const control = el('input', {type: 'number', step, min: minimum, max: maximum, value: initial});
-      return {control, read: () => control.value ? Number(control.value) : undefined};
+      const read = () => {
+        if (control.validity.badInput) throw new Error('Input should be a number');
+        return control.value ? Number(control.value) : undefined;
+      };
+      return {control, read};
     }
     if (type === 'string') {
       const control = el('textarea', {rows: maxLength <= 255 ? 1 : 2, spellcheck: 'false'}, initial);
@@ -2582,10 +2597,17 @@ class Fields {
     const text = required ? JSON.stringify(example(schema, this.root)) : '';
     const placeholder = preset === undefined ? 'JSON' : JSON.stringify(preset);
     const control = el('textarea', {rows: 1, spellcheck: 'false', class: 'code', placeholder}, text);
-    return {control, read: () => control.value.trim() ? JSON.parse(control.value) : undefined};
+    const read = () => {
+      try {
+        return control.value.trim() ? JSON.parse(control.value) : undefined;
+      } catch (error) {
+        throw new Error(`Not JSON: ${error.message}`);
+      }
+    };
+    return {control, read};
   }
 
-  /** The object that the fields hold, or undefined after showing what is no JSON. */
+  /** The object that the fields hold, or undefined after showing what cannot be sent. */
   read() {
     let sound = true;
     const entries = this.fields.map(({name, read, show}) => {
@@ -2593,7 +2615,7 @@ class Fields {
         show('');
         return [name, read()];
       } catch (error) {
-        show(`Not JSON: ${error.message}`);
+        show(error.message);
         sound = false;
       }
     });

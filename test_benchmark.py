@@ -14,6 +14,7 @@ import enum
 import functools
 import http.client
 import io
+import itertools
 import json
 import logging
 import os
@@ -23,6 +24,7 @@ import shlex
 import shutil
 import signal
 import socket
+import socketserver
 import struct
 import subprocess
 import sys
@@ -31,6 +33,7 @@ import textwrap
 import threading
 import time
 import unittest
+from base64 import b64decode
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -2280,6 +2283,691 @@ class CommandLineTest(unittest.TestCase):
                 command.url = command.next_url()
                 self.assertEqual(echo(), "threefold")
             self.assertEqual(command.process.returncode, 0)
+
+
+# ---------------------------------------------------------------------------
+# The pages, in a browser
+# ---------------------------------------------------------------------------
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+CHROMIUM = next(filter(None, map(shutil.which, BROWSERS)), None)
+CHROMIUM_FLAGS = (
+    "--headless=new --no-sandbox --disable-gpu --disable-quic --disable-sync",
+    "--no-first-run --disable-background-networking --disable-component-update",
+    "--disable-dev-shm-usage --disable-crash-reporter --disable-breakpad",
+    "--remote-debugging-port=0",
+)
+ONLY_HERE = "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"
+KEYS = {"Enter": (13, "\r"), "Tab": (9, ""), "ArrowDown": (40, ""), " ": (32, " ")}
+CONTROL, SHIFT = 2, 8
+CONTROLS = ("button", "checkbox", "combobox", "link", "spinbutton", "textbox")
+MARKUP = "<img src=x onerror=window.hacked=1>"
+
+# Run in every document before its own scripts: short names for the tests; violations of
+# the policy, said aloud; and how much of the page has moved by itself.
+PREPARE = """
+const one = selector => document.querySelector(selector);
+const all = selector => [...document.querySelectorAll(selector)];
+addEventListener('securitypolicyviolation', event => console.error('CSP', event.blockedURI));
+let moved = 0;
+new PerformanceObserver(list => {
+  for (const entry of list.getEntries()) if (!entry.hadRecentInput) moved += entry.value;
+}).observe({type: 'layout-shift', buffered: true});
+"""
+
+# Every visible text with less than the contrast that WCAG AA asks for.
+FAINT = r"""
+(() => {
+  const parse = color => color.match(/[\d.]+/g).map(Number);
+  const linear = part => part <= 0.04045 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4;
+  const light = ([r, g, b]) =>
+    0.2126 * linear(r / 255) + 0.7152 * linear(g / 255) + 0.0722 * linear(b / 255);
+  const behind = element => {
+    const color = element ? parse(getComputedStyle(element).backgroundColor) : [255, 255, 255];
+    return color[3] === 0 ? behind(element.parentElement) : color;
+  };
+  const texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT), found = [];
+  while (texts.nextNode()) {
+    const {data, parentElement: element} = texts.currentNode, style = getComputedStyle(element);
+    if (!data.trim() || !element.checkVisibility() || element.closest(':disabled')) continue;
+    const ink = light(parse(element.closest('svg') ? style.fill : style.color));
+    const paper = light(behind(element));
+    const ratio = (Math.max(ink, paper) + 0.05) / (Math.min(ink, paper) + 0.05);
+    if (ratio < 4.5) found.push(`${ratio.toFixed(2)}: ${data.slice(0, 40)}`);
+  }
+  return found;
+})()
+"""
+
+# All that Tab is to reach; and what is wrong with where it has come to.
+WANTED = """
+document.activeElement.blur();
+window.wanted = new Set(
+  all('a, button:enabled, input, select, textarea, summary, [tabindex="0"]')
+    .filter(element => element.checkVisibility({visibilityProperty: true})));
+wanted.size
+"""
+FOCUSED = """
+(() => {
+  const element = document.activeElement;
+  if (element === document.body) return '';  // once around
+  wanted.delete(element);
+  const {x, y, width, height} = element.getBoundingClientRect();
+  const top = document.elementFromPoint(x + Math.min(width, 40) / 2, y + Math.min(height, 20) / 2);
+  if (!element.contains(top)) return `${top?.outerHTML} covers ${element.outerHTML}`;
+  const {outlineStyle, outlineWidth} = getComputedStyle(element);
+  return `${outlineStyle} ${outlineWidth}` === 'solid 2px' ? '' : `no ring: ${element.outerHTML}`;
+})()
+"""
+
+
+class Browser:
+    """A headless Chromium, spoken to over the DevTools protocol by our own WebSocket."""
+
+    def __init__(self, home: Path) -> None:
+        self.home = home  # which it fills, and `close` removes
+        self.process = subprocess.Popen(
+            [
+                str(CHROMIUM),
+                *" ".join(CHROMIUM_FLAGS).split(),
+                ONLY_HERE,
+                f"--user-data-dir={home}",
+            ],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        self.socket: client.WebSocket | None = None
+        self.numbers = itertools.count(1)
+        self.events: list[dict[str, Any]] = []
+
+    def connect(self) -> None:
+        note = self.home / "DevToolsActivePort"
+        wait_until(lambda: note.is_file() and "/" in note.read_text(), "Chromium")
+        port, path = note.read_text().split()
+        url = f"ws://127.0.0.1:{port}{path}"
+        self.socket = client.WebSocket.connect(url, timeout=PATIENCE)
+
+    def send(self, method: str, session: str | None = None, **params: Any) -> Any:
+        """Send a command and return its result; what happens meanwhile goes to `events`."""
+        assert self.socket
+        command = {"id": next(self.numbers), "method": method, "params": params}
+        if session:
+            command["sessionId"] = session
+        self.socket.send(json.dumps(command))
+        while True:
+            answer = json.loads(self.socket.recv())
+            if "method" in answer:
+                self.events.append(answer)
+            elif answer["id"] == command["id"]:
+                if "error" in answer:
+                    raise AssertionError(f"{method}: {answer['error']}")
+                return answer["result"]
+
+    def close(self) -> None:
+        """End every process of it, and remove what they wrote."""
+        with contextlib.suppress(OSError, AssertionError, subprocess.TimeoutExpired):
+            self.send("Browser.close")
+            self.process.wait(5)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        if self.socket:
+            self.socket.close()
+        wait_until(self.removed, "the end of Chromium")
+
+    def removed(self) -> bool:
+        shutil.rmtree(self.home, ignore_errors=True)  # while a process may still write
+        return not self.home.exists()
+
+
+class Page:
+    """A tab: what a person does to it, and what there is to see."""
+
+    def __init__(self, browser: Browser) -> None:
+        self.browser = browser
+        self.target = browser.send("Target.createTarget", url="about:blank")["targetId"]
+        attached = browser.send(
+            "Target.attachToTarget", targetId=self.target, flatten=True
+        )
+        self.session = attached["sessionId"]
+        for domain in ("Page", "Runtime", "Log", "Network"):
+            self.send(f"{domain}.enable")
+        self.send("Page.addScriptToEvaluateOnNewDocument", source=PREPARE)
+        self.send("Emulation.setFocusEmulationEnabled", enabled=True)
+
+    def send(self, method: str, **params: Any) -> Any:
+        return self.browser.send(method, self.session, **params)
+
+    def close(self) -> None:
+        self.browser.send("Target.closeTarget", targetId=self.target)
+
+    def open(self, url: str, ready: str = "true") -> None:
+        self.send("Page.navigate", url=url)
+        self.wait_for(f"document.readyState === 'complete' && {ready}")
+
+    def evaluate(self, script: str) -> Any:
+        how = {"awaitPromise": True, "returnByValue": True}
+        answer = self.send("Runtime.evaluate", expression=script, **how)
+        if "exceptionDetails" in answer:
+            raise AssertionError(f"{script}: {answer['exceptionDetails']}")
+        return answer["result"].get("value")
+
+    def wait_for(self, script: str) -> None:
+        def holds() -> bool:
+            with contextlib.suppress(AssertionError):  # it may not even make sense yet
+                return bool(self.evaluate(f"Boolean({script})"))
+            return False
+
+        wait_until(holds, script)
+
+    def text(self, selector: str) -> str:
+        return self.texts(selector)[0]
+
+    def texts(self, selector: str) -> list[str]:
+        found: list[str] = self.evaluate(f"all(`{selector}`).map(e => e.textContent)")
+        return found
+
+    def press(self, key: str, modifiers: int = 0) -> None:
+        number, text = KEYS[key]
+        for kind in ("keyDown", "keyUp"):
+            self.send(
+                "Input.dispatchKeyEvent",
+                type=kind,
+                key=key,
+                text=text if kind == "keyDown" else "",
+                windowsVirtualKeyCode=number,
+                modifiers=modifiers,
+            )
+
+    def click(self, selector: str) -> None:
+        self.wait_for(f"one(`{selector}`)?.disabled !== true")
+        script = f"""(() => {{
+          one(`{selector}`).scrollIntoView({{block: 'center'}});
+          const {{x, y, width, height}} = one(`{selector}`).getBoundingClientRect();
+          return {{x: x + width / 2, y: y + height / 2, button: 'left', clickCount: 1}};
+        }})()"""
+        place = self.evaluate(script)
+        for kind in ("mousePressed", "mouseReleased"):
+            self.send("Input.dispatchMouseEvent", type=kind, **place)
+
+    def fill(self, selector: str, text: str) -> None:
+        """Type a text in place of what the field holds."""
+        self.evaluate(f"one(`{selector}`).focus(); one(`{selector}`).select()")
+        self.send("Input.insertText", text=text)
+
+    def look(self, scheme: str, width: int) -> None:
+        features = [{"name": "prefers-color-scheme", "value": scheme}]
+        self.send("Emulation.setEmulatedMedia", features=features)
+        size = {"width": width, "height": 800, "deviceScaleFactor": 1}
+        self.send("Emulation.setDeviceMetricsOverride", **size, mobile=width < 600)
+
+    def screenshot(self, path: Path) -> None:
+        self.evaluate("scrollTo(0, 0)")
+        image = self.send("Page.captureScreenshot", captureBeyondViewport=True)
+        path.write_bytes(b64decode(image["data"]))
+
+    def faults(self, hosts: list[str]) -> list[str]:
+        """Return what the console shows, and requests to any other host."""
+        found = []
+        for event in self.browser.events:
+            kind, params = event["method"], event["params"]
+            if event.get("sessionId") != self.session:
+                continue
+            if kind == "Log.entryAdded":
+                found.append(f"{params['entry']['text']} {params['entry'].get('url')}")
+            elif kind == "Runtime.exceptionThrown":
+                found.append(json.dumps(params["exceptionDetails"]))
+            elif kind == "Runtime.consoleAPICalled":
+                found.append(json.dumps(params["args"]))
+            elif kind in ("Network.requestWillBeSent", "Network.webSocketCreated"):
+                url = params.get("url") or params["request"]["url"]
+                scheme, _, rest = url.partition(":")
+                host = rest.strip("/").partition("/")[0]
+                if scheme not in ("data", "blob") and host not in hosts:
+                    found.append(url)
+        return found
+
+
+class Proxy(socketserver.ThreadingTCPServer):
+    """Serves under /some/env what another port serves under /."""
+
+    daemon_threads = True
+
+    def __init__(self, behind: int) -> None:
+        super().__init__(("127.0.0.1", 0), socketserver.BaseRequestHandler)
+        self.behind = behind
+
+    def finish_request(self, request: Any, client_address: Any) -> None:
+        with socket.create_connection(("127.0.0.1", self.behind)) as onward:
+            threading.Thread(target=self.pipe, args=(onward, request)).start()
+            self.pipe(request, onward)
+
+    def pipe(self, source: socket.socket, target: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                target.sendall(data.replace(b" /some/env/", b" /", 1))
+            target.shutdown(socket.SHUT_WR)
+
+
+class Pick(enum.Enum):
+    PLAIN = "plain"
+    MARKUP = MARKUP
+
+
+@dataclass
+class FormAction:
+    count: int = field(metadata={"minimum": 1, "maximum": 9, "description": MARKUP})
+    words: list[str]
+    pick: Pick = Pick.PLAIN
+    exact: bool = False
+    pace: Optional[float] = None  # noqa: UP045
+    note: str = MARKUP
+
+
+class FormEnvironment(BenchmarkEnvironment):
+    """Echoes every field: <img src=x onerror=window.hacked=1>. Fails at a count of 9."""
+
+    def step(self, action: Any, timeout_s: float | None = None) -> BenchmarkObservation:
+        if action.count == 9:
+            raise ValueError(MARKUP)
+        return super().step(BenchmarkAction(client.encode_json(action)))
+
+
+@unittest.skipUnless(CHROMIUM, f"there is no browser: none of {', '.join(BROWSERS)}")
+class PageTest(unittest.TestCase):
+    """Real input to /web and /docs, and what a person then sees."""
+
+    here: Path  # where the browser and the tests write
+    browser: Browser
+    running: server.Server
+    form: server.Server
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        logging.disable(logging.CRITICAL)
+        cls.addClassCleanup(logging.disable, logging.NOTSET)
+        cls.here = Path(tempfile.mkdtemp())
+        cls.browser = Browser(cls.here)
+        cls.addClassCleanup(cls.browser.close)
+        cls.running = serve()
+        cls.addClassCleanup(cls.running.stop)
+        types = FormAction, BenchmarkObservation
+        cls.form = server.create_app(FormEnvironment, *types, env_name=MARKUP).start()
+        cls.addClassCleanup(cls.form.stop)
+        cls.browser.connect()
+
+    def setUp(self) -> None:
+        self.page = Page(self.browser)
+        self.addCleanup(self.page.close)
+        self.hosts: list[str] = []  # of the pages that were opened
+        self.allowed = "nothing"  # a pattern of the faults that belong to the test
+
+    def tearDown(self) -> None:
+        faults = self.page.faults(self.hosts)
+        self.assertEqual([f for f in faults if not re.search(self.allowed, f)], [])
+
+    def open(self, path: str, running: server.Server | None = None) -> None:
+        url = (running or self.running).url
+        self.hosts.append(url.partition("//")[2])
+        drawn = {"web": "one('#state dd')", "docs": "one('#presets button')"}
+        self.page.open(f"{url}/{path}", drawn[path])
+        self.assertLess(self.page.evaluate("moved"), 0.1)
+
+    def step(self, message: str, count: int) -> None:
+        self.page.fill("#action-message", message)
+        self.page.press("Enter")
+        self.page.wait_for(f"$('count').textContent === '{count}'")
+
+    def history(self) -> list[list[str]]:
+        cells = "[...row.cells].map(cell => cell.textContent)"
+        rows: list[list[str]] = self.page.evaluate(
+            f"all('#history tr').map(row => {cells})"
+        )
+        return rows
+
+    def line(self, plot: str) -> int:
+        """Return the number of points that a line of the chart joins."""
+        return int(
+            self.page.evaluate(
+                f"one('.line.{plot}').getAttribute('d').split(',').length - 1"
+            )
+        )
+
+    def assert_only_text(self) -> None:
+        script = "window.hacked ?? all('img, [onerror]').length"
+        self.assertEqual(self.page.evaluate(script), 0)
+
+    def assert_named(self) -> None:
+        """Check that every control has a name, for those who cannot see where it stands."""
+        for node in self.page.send("Accessibility.getFullAXTree")["nodes"]:
+            if node.get("role", {}).get("value") in CONTROLS:
+                self.assertTrue(node["name"]["value"], node)
+
+    # -- /web ---------------------------------------------------------------------
+
+    def test_web_plays_an_episode(self) -> None:
+        page = self.page
+        self.open("web")
+        self.assertEqual(page.text("#status"), "Connected")
+        self.step("Hi", 1)
+        self.assertEqual((page.text("#reward"), self.line("reward")), ("0.2", 1))
+        page.fill("#action-message", "caf\u00e9")
+        page.press("Enter", SHIFT)
+        page.send("Input.insertText", text="\U0001d11e")
+        page.click("#step button")
+        page.wait_for("$('count').textContent === '2'")
+        self.assertEqual(
+            page.texts("#observation dd")[:2], ["caf\u00e9\n\U0001d11e", "6"]
+        )
+        self.assertEqual(page.texts(".figures dd"), ["2", "0.6", "0.8", "no"])
+        self.assertEqual(page.text("#news"), "Step 2, reward 0.6")
+        self.assertEqual((self.line("reward"), self.line("total")), (2, 2))
+        steps, actions, observations, rewards, latencies = zip(*self.history())
+        self.assertEqual(steps, ("2", "1", "0"))
+        self.assertEqual(actions[1:], ('{"message":"Hi"}', "reset"))
+        self.assertEqual(json.loads(observations[1])["echoed_message"], "Hi")
+        self.assertEqual(rewards, ("0.6", "0.2", "0"))
+        self.assertRegex(latencies[0], r"^[\d.]+ m?s$")
+
+        page.click("#options-seed")
+        page.fill("#options-seed", "7")
+        page.fill("#options-episode_id", "named")
+        page.press("Enter")
+        page.wait_for("$('state').textContent.includes('named')")
+        page.wait_for("$('count').textContent === '0'")
+        self.assertEqual(page.texts(".figures dd"), ["0", "0", "0", "no"])
+        self.step("x", 1)
+        page.click("#ask-state")
+        page.wait_for("$('state-time').textContent === 'at step 1'")
+        downloads = {"behavior": "allow", "downloadPath": str(self.here)}
+        self.browser.send("Browser.setDownloadBehavior", **downloads)
+        page.click("#download")
+        file = self.here / "episodes.json"
+        wait_until(file.is_file, "the download")
+        first, second = json.loads(file.read_text("utf-8"))["episodes"]
+        self.assertEqual([step["reward"] for step in first["steps"]], [0.2, 0.6])
+        self.assertEqual((second["seed"], second["episode_id"]), (7, "named"))
+        self.assertEqual(second["steps"][0]["action"], {"message": "x"})
+
+    def test_web_logs_the_wire(self) -> None:
+        page = self.page
+        self.open("web")
+        self.step("Hi", 1)
+        kinds = page.evaluate("all('#wire > li').map(entry => entry.className)")
+        self.assertEqual(kinds, ["received", "sent"] * 3 + ["note"])
+        page.evaluate("all('#wire summary').forEach(summary => summary.click())")
+        page.wait_for("all('#wire pre').length === 7")
+        messages = [json.loads(text) for text in page.texts("#wire pre")[:6]]
+        self.assertEqual(messages[1], {"type": "step", "data": {"message": "Hi"}})
+        self.assertEqual(messages[0]["data"]["reward"], 0.2)
+        kinds = [message["type"] for message in messages[2:]]
+        self.assertEqual(kinds, ["state", "state", "observation", "reset"])
+        self.assertRegex(page.text("#wire .received .latency"), r"^[\d.]+ m?s$")
+        page.click("#pause")
+        self.step("", 2)
+        page.wait_for("$('pause').textContent === 'Resume (2)'")
+        page.click("#pause")
+        page.wait_for("$('wire').childElementCount === 9")
+        page.click("#clear")
+        page.wait_for("$('wire').childElementCount === 0")
+
+    def test_web_draws_a_form(self) -> None:
+        page = self.page
+        self.open("web", self.form)
+        fields = "input[type=number]#action-count, input[type=number]#action-pace, "
+        fields += "input[type=checkbox]#action-exact, select#action-pick, "
+        fields += "textarea#action-words, textarea#action-note"
+        self.assertEqual(page.evaluate(f"all('{fields}').length"), 6)
+        self.assert_named()
+
+        def submit(place: str, words: str) -> None:
+            page.click("#step button")
+            page.wait_for(f"$('{place}').textContent.includes('{words}')")
+
+        page.fill("#action-count", "0")
+        submit("action-count-note", "greater than or equal to 1")
+        self.assertEqual(page.text("#fault"), "VALIDATION_ERROR: see the marked fields")
+        self.assertTrue(page.evaluate("$('action-count').ariaInvalid === 'true'"))
+        page.fill("#action-count", "2.5")
+        page.fill("#action-words", '["a", 1]')
+        submit("action-words-note", "1: Input should be a valid string")
+        self.assertIn("valid integer", page.text("#action-count-note"))
+        page.fill("#action-words", "[")
+        submit("action-words-note", "Not JSON")
+        page.fill("#action-count", "1e")
+        submit("action-count-note", "should be a number")
+        page.fill("#action-words", '["\u00e9"]')
+        page.fill("#action-count", "9")
+        submit("fault", f"EXECUTION_ERROR: {MARKUP}")
+        page.fill("#action-count", "3")
+        page.evaluate("$('action-exact').focus()")
+        page.press(" ")
+        page.evaluate("$('action-pick').focus()")
+        page.press("ArrowDown")
+        submit("count", "1")
+        self.assertEqual(page.text("#fault") + page.text("#action-words-note"), "")
+        echoed = json.loads(page.text("#observation dd"))
+        given = {"count": 3, "words": ["\u00e9"], "pick": MARKUP, "exact": True}
+        self.assertEqual(echoed, {**given, "pace": None, "note": MARKUP})
+        self.assertEqual(page.texts("#name, #action-count-note"), [MARKUP, MARKUP])
+        self.assert_only_text()
+
+    def test_web_shows_text_as_text(self) -> None:
+        page = self.page
+        self.open("web")
+        self.step(MARKUP, 1)
+        page.click("#wire summary")
+        page.wait_for("one('#wire pre')")
+        for place in ("#observation", "#history tr", "#wire summary", "#wire pre"):
+            self.assertIn("<img", page.text(place))
+        long = "\u00e9<b>\U0001f600" * 20_000  # 100,000 code points
+        page.evaluate(f"$('action-message').value = {json.dumps(long)}")
+        page.click("#step button")
+        page.wait_for("$('reward').textContent === '10000'")
+        page.evaluate("all('details').forEach(details => { details.open = true; })")
+        for place in ("#observation pre", "#history pre", "#wire .sent pre"):
+            page.wait_for(f"one('{place}')?.textContent.length >= 120000")
+        self.assertEqual(page.text("#observation pre"), long)
+        self.assert_only_text()
+
+    def test_web_stays_smooth_for_a_thousand_steps(self) -> None:
+        page = self.page
+        self.open("web")
+        page.fill("#action-message", "0123456789")
+        page.evaluate("for (let i = 0; i < 1000; i++) $('step').requestSubmit()")
+        page.wait_for("$('count').textContent === '1000'")
+        self.assertEqual(
+            page.texts("#total, #shown"), ["1000", "last 100 rows of 1001"]
+        )
+        self.assertEqual((self.line("reward"), self.line("total")), (1000, 1000))
+        sizes = page.evaluate(
+            "['#history tr', '#wire li', '*'].map(s => all(s).length)"
+        )
+        self.assertEqual(sizes[:2], [100, 100])
+        self.assertLess(sizes[2], 4000)
+        script = """new Promise(resolve => {
+          const start = performance.now();
+          const look = () => $('count').textContent === '1001'
+            ? resolve(performance.now() - start) : requestAnimationFrame(look);
+          $('step').requestSubmit();
+          look();
+        })"""
+        self.assertLess(page.evaluate(script), 1000)  # milliseconds
+
+    def test_web_reconnects(self) -> None:
+        page = self.page
+        types = BenchmarkEnvironment, BenchmarkAction, BenchmarkObservation
+        with server.create_app(*types).start() as first:
+            self.open("web", first)
+            self.step("one", 1)
+        page.wait_for("$('status').dataset.state === 'closed'")
+        said = "Disconnected: the server is shutting down (code 1001). History kept."
+        self.assertEqual(page.text("#status"), said)
+        self.assertTrue(page.evaluate("one('#step button').disabled"))
+        self.allowed = "ERR_CONNECTION_REFUSED"
+        page.click("#reconnect")
+        page.wait_for("$('status').textContent.includes('connection lost (code 1006)')")
+        with server.create_app(*types).start(port=first.server_port):
+            page.click("#reconnect")
+            page.wait_for("$('count').textContent === '0'")
+            self.step("two", 1)
+            self.assertEqual([row[0] for row in self.history()], ["1", "0", "1", "0"])
+
+    def test_web_has_a_quick_start(self) -> None:
+        for running in (self.running, self.form):
+            self.open("web", running)
+            self.assertIn(f'("{running.url}")', self.page.text("#quick"))
+            done = run("-c", self.page.text("#quick"))
+            self.assertEqual((done.returncode, done.stderr), (0, ""))
+            self.assertEqual(len(done.stdout.splitlines()), 2)
+            self.browser.send(
+                "Browser.grantPermissions", permissions=["clipboardReadWrite"]
+            )
+            self.page.click("#quick-head button")
+            self.page.wait_for("one('#quick-head button').textContent === 'Copied'")
+            copied = self.page.evaluate("navigator.clipboard.readText()")
+            self.assertEqual(copied, self.page.text("#quick"))
+
+    def test_web_behind_a_prefix_and_in_a_frame(self) -> None:
+        page = self.page
+        with Proxy(self.running.server_port) as proxy:
+            threading.Thread(target=proxy.serve_forever, daemon=True).start()
+            self.addCleanup(proxy.shutdown)
+            self.hosts.append(f"127.0.0.1:{proxy.server_address[1]}")
+            url = f"http://{self.hosts[0]}/some/env"
+            self.allowed = "/favicon.ico$"  # of /health, which is no page
+            page.open(f"{url}/health")
+            page.evaluate("document.body.innerHTML = '<iframe src=web></iframe>'")
+            page.wait_for("frames[0].document.getElementById('state').children.length")
+            quick = page.evaluate(
+                "frames[0].document.getElementById('quick').textContent"
+            )
+            self.assertIn(f'("{url}")', quick)
+            for path, target in {"": "web", "redoc": "docs"}.items():
+                page.open(f"{url}/{path}")
+                self.assertEqual(page.evaluate("location.href"), f"{url}/{target}")
+
+    # -- /docs --------------------------------------------------------------------
+
+    def operation(self, name: str) -> None:
+        self.page.click(f"#{name} > summary")
+        self.page.wait_for(f"one('#{name} form')")
+
+    def attempt(self, name: str) -> dict[str, str]:
+        """Press Try it; return the status line and the listings by their titles."""
+        self.page.evaluate(f"one('#{name} .result').replaceChildren()")
+        self.page.click(f"#{name} form button.primary")
+        self.page.wait_for(f"one('#{name} .result pre')")
+        titles, texts = (
+            self.page.texts(f"#{name} .result {tag}") for tag in ("h4", "pre")
+        )
+        status = self.page.text(f"#{name} [role=status]")
+        return {"Status": status, **dict(zip(titles, texts))}
+
+    def test_docs_shows_and_tries_every_operation(self) -> None:
+        page = self.page
+        self.open("docs", self.form)
+        self.assertEqual(page.text("#title"), MARKUP)
+        self.allowed = "Failed to load resource.*(422|426|404)"
+        paths = exchange(self.form.url, "GET", "/openapi.json")[1]["paths"]
+        for path, methods in paths.items():
+            for method, details in methods.items():
+                name = details["operationId"]
+                self.assertIn(path, page.text(f"#contents [href='#{name}']"))
+                words = page.texts(f"#{name} > summary > *")
+                self.assertEqual(words, [method.upper(), path, details["summary"]])
+                self.operation(name)
+                responses = page.texts(f"#{name} .operation > details > summary > b")
+                self.assertEqual(responses, list(details["responses"]))
+                status = self.attempt(name)["Status"]
+                self.assertRegex(status, r"^\d{3} [\w ]+ in [\d.]+ m?s")
+                self.assertIn(status[:3], ["200", *responses])  # after a redirect: 200
+        self.assert_only_text()
+
+    def test_docs_tries_in_a_session(self) -> None:
+        page = self.page
+        self.open("docs")
+        page.fill("#headers-X-Session-Id", "it's")
+        for name in ("post_reset", "post_step", "get_state"):
+            self.operation(name)
+        self.allowed = "Failed to load resource.* 404 .*/step$"
+        self.assertEqual(self.attempt("post_step")["Status"][:4], "404 ")
+        self.assertEqual(self.attempt("post_reset")["Status"][:4], "200 ")
+        page.fill("#post_step-body", '{"action": {"message": "\u00e9\\u003c\'"}}')
+        shown = self.attempt("post_step")
+        observation = json.loads(shown["Body"])["observation"]
+        self.assertEqual(observation["echoed_message"], "\u00e9<'")
+        self.assertIn("content-type: application/json", shown["Headers"])
+        self.assertEqual(json.loads(self.attempt("get_state")["Body"])["step_count"], 1)
+        if shutil.which("curl"):
+            command = shown["The same with curl"].replace(
+                "curl", "curl -s --noproxy '*'", 1
+            )
+            done = subprocess.run(command, shell=True, capture_output=True, check=True)
+            head, _, body = done.stdout.decode().partition("\r\n\r\n")
+            self.assertIn(" 200 OK", head)
+            observation["metadata"]["step"] += 1
+            self.assertEqual(json.loads(body)["observation"], observation)
+
+    def test_docs_has_a_console(self) -> None:
+        page = self.page
+        self.open("docs")
+        page.click("#connect")
+        page.wait_for("$('status').dataset.state === 'open'")
+        sent = {'{"type": "state"}': "step_count", f'{{"{MARKUP}"': "INVALID_JSON"}
+        for message, answer in sent.items():
+            page.fill("#message", message)
+            page.press("Enter", CONTROL)
+            page.wait_for(f"one('#wire .received')?.textContent.includes('{answer}')")
+        page.fill("#message", '{"type": "close"}')
+        page.click("#send")
+        page.wait_for("$('status').textContent.includes('code 1000')")
+        self.assert_only_text()
+
+    # -- both ---------------------------------------------------------------------
+
+    def prepare(self, path: str) -> None:
+        """Bring a page into a state in which it shows all kinds of things."""
+        self.open(path)
+        if path == "web":
+            for count, message in enumerate(("Hello, World!", "x" * 200, MARKUP), 1):
+                self.step(message, count)
+            self.page.click("#wire summary")
+        else:
+            self.operation("post_step")
+            self.attempt("post_step")
+            self.page.click("#post_step .operation > details > summary")
+
+    def test_both_look_right(self) -> None:
+        page = self.page
+        folder = Path(os.environ.get("SCREENSHOTS") or self.here)
+        for path in ("web", "docs"):
+            self.prepare(path)
+            papers = set()
+            for scheme, width in itertools.product(("light", "dark"), (360, 1440)):
+                with self.subTest(path, scheme=scheme, width=width):
+                    page.look(scheme, width)
+                    page.screenshot(folder / f"{path}-{scheme}-{width}.png")
+                    self.assertEqual(page.evaluate(FAINT), [])
+                    wide = page.evaluate("document.documentElement.scrollWidth")
+                    self.assertLessEqual(wide, width)
+                    paper = "getComputedStyle(document.body).backgroundColor"
+                    papers.add(page.evaluate(paper))
+            self.assertEqual(len(papers), 2)
+
+    def test_both_by_keyboard_alone(self) -> None:
+        """Tab reaches all that can be used, in sight and with a ring around it."""
+        page = self.page
+        for path in ("web", "docs"):
+            self.prepare(path)
+            self.assert_named()
+            for _ in range(page.evaluate(WANTED) + 2):
+                page.press("Tab")
+                self.assertEqual(page.evaluate(FOCUSED), "")
+            missed = page.evaluate("[...wanted].map(element => element.outerHTML)")
+            self.assertEqual(missed, [])
 
 
 # ---------------------------------------------------------------------------
