@@ -621,11 +621,9 @@ class Session:
         return ascii(self.key) if self.key != SHARED else "(shared)"
 
 
-OBSERVATION = (
-    '{"type":"observation","data":',
-    "}",
-)  # what a WebSocket message has around it
-LONG = 10_000  # characters
+# What a WebSocket message has around an observation; and what is a long text (characters).
+OBSERVATION = ('{"type":"observation","data":', "}")
+LONG = 10_000
 _ESCAPED = bytes([*range(32), *b'"\\', 127])
 
 
@@ -951,9 +949,8 @@ class Handler(BaseHTTPRequestHandler):
     def setup(self) -> None:
         super().setup()
         self.app = self.server.app
-        self.deadline = (
-            time.monotonic() + HEADER_SECONDS
-        )  # then `tend` cuts the connection
+        # When this has passed, `tend` cuts the connection.
+        self.deadline = time.monotonic() + HEADER_SECONDS
         self.first = True
         self.fields: dict[str, str] = {}  # the header, names in lower case
         self.unread = False  # whether the peer may be sending what nobody will read
@@ -1956,9 +1953,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     server.serve_forever()
     server.stop()
     logging.shutdown()
-    os._exit(
-        0
-    )  # an environment that is stuck in a thread of its own cannot hold this up
+    # Not a return: an environment that is stuck in a thread of its own would hold it up.
+    os._exit(0)
 
 
 class _Formatter(logging.Formatter):
