@@ -2507,7 +2507,8 @@ class Page:
 
     def screenshot(self, path: Path) -> None:
         self.evaluate("scrollTo(0, 0)")
-        image = self.send("Page.captureScreenshot", captureBeyondViewport=True)
+        how = {"captureBeyondViewport": True, "optimizeForSpeed": True}
+        image = self.send("Page.captureScreenshot", **how)
         path.write_bytes(b64decode(image["data"]))
 
     def faults(self, hosts: list[str]) -> list[str]:
@@ -2710,8 +2711,12 @@ class PageTest(unittest.TestCase):
         page.click("#pause")
         self.step("", 2)
         page.wait_for("$('pause').textContent === 'Resume (2)'")
+        page.evaluate("for (let i = 0; i < 60; i++) $('step').requestSubmit()")
+        page.wait_for("$('count').textContent === '62'")
+        self.assertEqual(page.evaluate("$('wire').childElementCount"), 7)
+        self.assertEqual(page.text("#pause"), "Resume (100)")
         page.click("#pause")
-        page.wait_for("$('wire').childElementCount === 9")
+        page.wait_for("$('wire').childElementCount === 100")
         page.click("#clear")
         page.wait_for("$('wire').childElementCount === 0")
 
@@ -2768,9 +2773,9 @@ class PageTest(unittest.TestCase):
         page.evaluate(f"$('action-message').value = {json.dumps(long)}")
         page.click("#step button")
         page.wait_for("$('reward').textContent === '10000'")
-        page.evaluate("all('details').forEach(details => { details.open = true; })")
-        for place in ("#observation pre", "#history pre", "#wire .sent pre"):
-            page.wait_for(f"one('{place}')?.textContent.length >= 120000")
+        for place in ("#observation", "#history td + td", "#wire .sent"):
+            page.evaluate(f"one('{place} summary').click()")
+            page.wait_for(f"one('{place} pre')?.textContent.length >= 120000")
         self.assertEqual(page.text("#observation pre"), long)
         self.assert_only_text()
 
