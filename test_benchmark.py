@@ -2155,12 +2155,13 @@ class CommandLineTest(unittest.TestCase):
                 (("client.py", "--url", "127.0.0.1:1", "x"), "cannot connect"),
                 (("client.py", "--bench", "0"), "above 0"),
             ]
-            for arguments, words in cases:
-                with self.subTest(arguments=arguments):
-                    done = run(*arguments)
-                    self.assertEqual((done.returncode, done.stdout), (2, ""))
-                    self.assertEqual(done.stderr.count("\n"), 1, done.stderr)
-                    self.assertIn(words, done.stderr)
+            with ThreadPoolExecutor(4) as pool:
+                ends = list(pool.map(lambda case: run(*case[0]), cases))
+        for (arguments, words), done in zip(cases, ends):
+            with self.subTest(arguments=arguments):
+                self.assertEqual((done.returncode, done.stdout), (2, ""))
+                self.assertEqual(done.stderr.count("\n"), 1, done.stderr)
+                self.assertIn(words, done.stderr)
 
     def test_help_and_version(self) -> None:
         for program in ("server.py", "client.py"):
@@ -2238,10 +2239,10 @@ class CommandLineTest(unittest.TestCase):
                 "    def step(self, action: BenchmarkAction) -> BenchmarkObservation:\n"
                 "        print('stuck', flush=True)\n        time.sleep(60)\n        return 0\n"
             )
-            for signals, code in ((1, 0), (2, -signal.SIGINT)):
-                with Command(
-                    "--port", "0", "--env", "stuck:Stuck", cwd=Path(folder)
-                ) as command:
+
+            def stop(signals: int) -> tuple[int, float]:
+                options = ("--port", "0", "--env", "stuck:Stuck")
+                with Command(*options, cwd=Path(folder)) as command:
                     ws = client.WebSocket.connect(f"{command.url}/ws")
                     ws.send('{"type":"step","data":{"message":""}}')
                     assert command.process.stdout
@@ -2250,9 +2251,15 @@ class CommandLineTest(unittest.TestCase):
                     for _ in range(signals):
                         command.process.send_signal(signal.SIGINT)
                         time.sleep(0.5)  # two at once would count as one
-                    self.assertEqual(command.process.wait(PATIENCE), code)
-                    self.assertLess(time.monotonic() - began, 5.5)
+                    code = command.process.wait(PATIENCE)
                     ws.drop()
+                    return code, time.monotonic() - began
+
+            with ThreadPoolExecutor(2) as pool:
+                (once, seconds), (twice, less) = pool.map(stop, (1, 2))
+            self.assertEqual((once, twice), (0, -signal.SIGINT))
+            self.assertLess(seconds, 5.5)
+            self.assertLess(less, seconds)
 
     def test_reload(self) -> None:
         with tempfile.TemporaryDirectory() as folder:
