@@ -2304,6 +2304,7 @@ CHROMIUM_FLAGS = (
     "--headless=new --no-sandbox --disable-gpu --disable-quic --disable-sync",
     "--no-first-run --disable-background-networking --disable-component-update",
     "--disable-dev-shm-usage --disable-crash-reporter --disable-breakpad",
+    "--disable-extensions --disable-site-isolation-trials --renderer-process-limit=1",
     "--remote-debugging-port=0",
 )
 ONLY_HERE = "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"
