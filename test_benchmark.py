@@ -60,6 +60,8 @@ if TYPE_CHECKING:
 
 HERE = Path(__file__).resolve().parent
 PATIENCE = 20.0  # seconds, for what happens at once unless it is broken
+# How long a server may take to see that it is to stop: a hundred are stopped in here.
+server.Server.serve_forever.__defaults__ = (0.02,)
 
 
 def wait_until(condition: Callable[[], Any], what: str = "the condition") -> None:
