@@ -2283,7 +2283,10 @@ td { border-top: 1px solid var(--line); }
   .aside { position: sticky; top: 5rem; }
   .aside .wire { height: calc(100vh - 12rem); min-height: 24rem; }
 }
-@media (max-width: 599px) { #reconnect:disabled { display: none; } }
+@media (max-width: 599px) {  /* room to say why the connection was lost, so that nothing moves */
+  .bar #status { min-height: 3lh; }
+  html { scroll-padding-top: 10rem; }
+}
 @media (prefers-reduced-motion: reduce) { * { transition: none !important; } }
 """
 
