@@ -10,7 +10,7 @@ environment), client.py (its clients), server.py (this file: its server).
 
 How one ``step`` travels: `Handler` reads the request, or for ``/ws`` does the opening
 handshake and reads messages from a `client.WebSocket`; the JSON is checked against the
-schema of the action (`validate`) and becomes a dataclass (`client.from_json`); the
+schema of the action (`validator`) and becomes a dataclass (`client.from_json`); the
 `Session`, which owns one environment, calls its ``step`` and makes JSON of what it returns.
 
 The file goes from types to bytes: JSON Schema; sessions and the app that holds them; HTTP
@@ -46,7 +46,7 @@ from enum import Enum
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from types import SimpleNamespace
+from types import CoroutineType, SimpleNamespace
 from typing import (
     TYPE_CHECKING,
     Any,
@@ -170,25 +170,20 @@ def _rows(table: str) -> Iterator[list[str]]:
         yield [cell.strip() for cell in line.split("|")]
 
 
-def _is_integer(value: Any) -> bool:  # to JSON, 1.0 is the number 1
-    return type(value) is int or (type(value) is float and value.is_integer())
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) is float or (
-        type(value) is int and abs(value) <= sys.float_info.max
-    )
-
-
-# What must hold for each type, and the fault if it does not.
-_TYPES: dict[str, tuple[Callable[[Any], bool], str, str]] = {
-    "string": (lambda v: isinstance(v, str), "string_type", "a valid string"),
-    "integer": (_is_integer, "int_type", "a valid integer"),
-    "number": (_is_number, "float_type", "a valid number"),
-    "boolean": (lambda v: isinstance(v, bool), "bool_type", "a valid boolean"),
-    "null": (lambda v: v is None, "none_required", "null"),
-    "object": (lambda v: isinstance(v, dict), "dict_type", "a valid dictionary"),
-    "array": (lambda v: isinstance(v, list), "list_type", "a valid list"),
+# The class that a value of each type has, the fault if it has another, and its words.
+_TYPES: dict[str, tuple[type | None, str, str]] = {
+    "string": (str, "string_type", "a valid string"),
+    "integer": (int, "int_type", "a valid integer"),
+    "number": (float, "float_type", "a valid number"),
+    "boolean": (bool, "bool_type", "a valid boolean"),
+    "null": (type(None), "none_required", "null"),
+    "object": (dict, "dict_type", "a valid dictionary"),
+    "array": (list, "list_type", "a valid list"),
+}
+# To JSON 1.0 is the number 1: what else counts as a value of the type.
+_NUMBERS: dict[str, Callable[[Any], bool]] = {
+    "integer": lambda v: type(v) is float and v.is_integer(),
+    "number": lambda v: type(v) is int and abs(v) <= sys.float_info.max,
 }
 # Keyword | what is compared with its value | how | the fault | its message
 _BOUNDS = {
@@ -206,80 +201,122 @@ maxItems         | list   | le | too_long           | List should have at most {
 }
 
 Loc = tuple[Any, ...]  # of str and int: the path to a value
+Faults = Sequence[dict[str, Any]]
+Validator = Callable[[Any, Loc], Faults]
 
 
 def _fault(kind: str, msg: str, loc: Loc, value: Any) -> dict[str, Any]:
     return {"type": kind, "loc": list(loc), "msg": msg, "input": value}
 
 
-def validate(schema: Mapping[str, Any], value: Any, loc: Loc) -> list[dict[str, Any]]:
-    """Return every fault of ``value`` under ``schema``, in OpenEnv's (pydantic's) words.
+def validator(schema: Mapping[str, Any]) -> Validator:
+    """Return the function that finds all faults of a value under ``schema``.
 
-    A fault is ``{"type", "loc", "msg", "input"}``; ``loc`` is the path to it. What
-    `json_schema` emits is understood, no more of JSON Schema.
+    It takes the value and the path to it, and returns OpenEnv's (pydantic's) ``{"type",
+    "loc", "msg", "input"}`` for each fault. What `json_schema` emits is understood, no more
+    of JSON Schema. The schema is gone through here, once, and not again for each value.
     """
-    kind = schema.get("type")
-    if kind is not None:
-        holds, name, words = _TYPES[kind]
-        if not holds(value):
-            return [_fault(name, f"Input should be {words}", loc, value)]
-    found = []
-    if not _BOUNDS.keys().isdisjoint(schema):
-        for keyword in _BOUNDS.keys() & schema.keys():
-            found += _out_of_bounds(keyword, schema[keyword], value, loc)
+    tests = [_bound_validator(k, schema[k]) for k in _BOUNDS if k in schema]
     if "anyOf" in schema:
-        tries = [validate(member, value, loc) for member in schema["anyOf"]]
-        if all(tries):
-            members = zip(schema["anyOf"], tries)
-            return [f for m, faults in members if m != {"type": "null"} for f in faults]
-    if "enum" in schema and not any(
-        value == member and isinstance(value, bool) is isinstance(member, bool)
-        for member in schema["enum"]
-    ):
-        words = f"Input should be one of {client.encode_json(schema['enum'])}"
-        return [_fault("enum", words, loc, value)]
+        tests.append(_any_validator(schema["anyOf"]))
+    if "enum" in schema:
+        tests.append(_enum_validator(schema["enum"]))
+    kind = schema.get("type", "")
     if kind == "object":
-        found += _validate_object(schema, value, loc)
+        tests.append(_object_validator(schema))
     if kind == "array":
-        first, others = schema.get("prefixItems", []), schema.get("items", {})
-        for i, item in enumerate(value):
-            found += validate(first[i] if i < len(first) else others, item, (*loc, i))
-    return found
+        tests.append(_array_validator(schema))
+    cls, name, words = _TYPES.get(kind, (None, "", ""))
+    number = _NUMBERS.get(kind)
+
+    def faults(value: Any, loc: Loc) -> Faults:
+        if cls and type(value) is not cls and not (number and number(value)):
+            return [_fault(name, f"Input should be {words}", loc, value)]
+        found: list[dict[str, Any]] = []
+        for test in tests:
+            found += test(value, loc)
+        return found
+
+    return faults
 
 
-def _out_of_bounds(
-    keyword: str, bound: Any, value: Any, loc: Loc
-) -> list[dict[str, Any]]:
+def _bound_validator(keyword: str, bound: Any) -> Validator:
     kind, comparison, name, words = _BOUNDS[keyword]
-    if kind == "number" and type(value) in (int, float):
-        measure = value
-    elif kind == type(value).__name__:
-        measure = len(value)
-    else:
-        return []
-    if getattr(operator, comparison)(measure, bound):
-        return []
-    return [_fault(name, words.format(bound), loc, value)]
+    holds = getattr(operator, comparison)
+
+    def faults(value: Any, loc: Loc) -> Faults:
+        if kind == "number" and type(value) in (int, float):
+            measure = value
+        elif kind == type(value).__name__:
+            measure = len(value)
+        else:
+            return ()
+        if holds(measure, bound):
+            return ()
+        return [_fault(name, words.format(bound), loc, value)]
+
+    return faults
 
 
-def _validate_object(
-    schema: Mapping[str, Any], value: dict[str, Any], loc: Loc
-) -> list[dict[str, Any]]:
-    properties = schema.get("properties", {})
+def _any_validator(members: Sequence[Mapping[str, Any]]) -> Validator:
+    tests = [validator(member) for member in members]
+    told = [member != {"type": "null"} for member in members]
+
+    def faults(value: Any, loc: Loc) -> Faults:
+        found = [test(value, loc) for test in tests]
+        if not all(found):
+            return ()
+        return [f for tell, group in zip(told, found) if tell for f in group]
+
+    return faults
+
+
+def _enum_validator(members: Sequence[Any]) -> Validator:
+    words = f"Input should be one of {client.encode_json(members)}"
+
+    def faults(value: Any, loc: Loc) -> Faults:
+        for member in members:  # True is 1 to Python, not to JSON
+            if value == member and isinstance(value, bool) is isinstance(member, bool):
+                return ()
+        return [_fault("enum", words, loc, value)]
+
+    return faults
+
+
+def _array_validator(schema: Mapping[str, Any]) -> Validator:
+    first = [validator(item) for item in schema.get("prefixItems", ())]
+    other = validator(schema.get("items", {}))
+
+    def faults(value: Any, loc: Loc) -> Faults:
+        return [
+            fault
+            for i, item in enumerate(value)
+            for fault in (first[i] if i < len(first) else other)(item, (*loc, i))
+        ]
+
+    return faults
+
+
+def _object_validator(schema: Mapping[str, Any]) -> Validator:
+    tests = {k: validator(v) for k, v in schema.get("properties", {}).items()}
+    required = schema.get("required", ())
     others = schema.get("additionalProperties", True)
-    found = []
-    for name in schema.get("required", ()):
-        if name not in value:
-            found.append(_fault("missing", "Field required", (*loc, name), value))
-    for name, item in value.items():
-        if name in properties:
-            found += validate(properties[name], item, (*loc, name))
-        elif others is False:
-            words = "Extra inputs are not permitted"
-            found.append(_fault("extra_forbidden", words, (*loc, name), item))
-        elif others is not True:
-            found += validate(others, item, (*loc, name))
-    return found
+    other = validator({} if others is True else others or {})
+
+    def faults(value: Any, loc: Loc) -> Faults:
+        found = []
+        for name in required:
+            if name not in value:
+                found.append(_fault("missing", "Field required", (*loc, name), value))
+        for name, item in value.items():
+            if name in tests or others is not False:
+                found += tests.get(name, other)(item, (*loc, name))
+            else:
+                words = "Extra inputs are not permitted"
+                found.append(_fault("extra_forbidden", words, (*loc, name), item))
+        return found
+
+    return faults
 
 
 class Failure(Exception):
@@ -315,16 +352,16 @@ class Failure(Exception):
         return client.encode_json({"type": "error", "data": data})
 
 
-def _invalid(errors: list[dict[str, Any]]) -> Failure:
+def _invalid(errors: Faults) -> Failure:
     words = "; ".join(
         f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in errors[:10]
     )
     return Failure(422, f"Invalid message: {words}", "VALIDATION_ERROR", errors=errors)
 
 
-def check(schema: Mapping[str, Any], value: Any, loc: Loc) -> None:
+def check(validate: Validator, value: Any, loc: Loc) -> None:
     """Raise a `Failure` that lists every fault of ``value``, if it has any."""
-    errors = validate(schema, value, loc)
+    errors = validate(value, loc)
     if errors:
         raise _invalid(errors)
 
@@ -421,6 +458,9 @@ _SESSION_ID: dict[str, Any] = {
 }
 _OBJECT = {"type": "object"}
 RESET_SCHEMA = json_schema(ResetRequest, extra=True)
+_validate_session_id = validator(_SESSION_ID["schema"])
+_validate_object = validator(_OBJECT)
+_validate_reset = validator(RESET_SCHEMA)
 
 
 def step_schema(action: Mapping[str, Any]) -> dict[str, Any]:
@@ -551,25 +591,23 @@ class Session:
             raise _execution(error) from error
 
     def answer(self, text: str | bytes) -> str | None:
-        """Answer one WebSocket message of OpenEnv; None means that the caller says goodbye."""
-        try:
-            return self._answer(text)
-        except Failure as failure:
-            return failure.as_message()
+        """Answer one WebSocket message of OpenEnv; None means that the caller says goodbye.
 
-    def _answer(self, text: str | bytes) -> str | None:
+        Raises:
+            Failure: what to tell the caller instead.
+        """
         if isinstance(text, bytes):
             raise Failure(
                 422, "Invalid JSON: send text messages, not binary", "INVALID_JSON"
             )
         message = parse_json(text, ())
-        if not isinstance(message, dict):
-            check(_OBJECT, message, ())
-        kind, schemas = message.get("type"), self.app.messages
-        if not isinstance(kind, str) or kind not in schemas:
-            words = f"Unknown message type: {kind!r}; known are {', '.join(schemas)}"
+        if type(message) is not dict:
+            check(_validate_object, message, ())
+        kind, known = message.get("type"), self.app.validate_message
+        if not isinstance(kind, str) or kind not in known:
+            words = f"Unknown message type: {kind!r}; known are {', '.join(known)}"
             raise Failure(422, words, "UNKNOWN_TYPE")
-        check(schemas[kind], message, ())
+        check(known[kind], message, ())
         data = message.get("data", {})
         if kind == "step":
             return self.step(data, {}, ("data",), OBSERVATION)
@@ -591,23 +629,23 @@ class Session:
         """Call ``reset`` or ``step``, and make JSON of the observation it returns."""
         try:
             observation = self._run(method, *action, **given)
-            if not isinstance(observation, dict):
-                observation = client.to_json(observation)
-            fields = dict(observation)
+            plain = isinstance(observation, dict)
+            fields = dict(observation) if plain else client.to_json(observation)
             parts = {
                 "observation": fields,
                 "reward": fields.pop("reward", None),
                 "done": fields.pop("done", False),
             }
-            if any(type(v) is str and len(v) > LONG for v in fields.values()):
-                return "".join([around[0], *_encode_long(parts), around[1]])
+            for value in fields.values():
+                if type(value) is str and len(value) > LONG:
+                    return "".join([around[0], *_encode_long(parts), around[1]])
             return f"{around[0]}{client.encode_json(parts)}{around[1]}"
         except BaseException as error:
             raise _execution(error) from error
 
     def _run(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         result = method(*args, **kwargs)
-        if not inspect.iscoroutine(result):
+        if not isinstance(result, CoroutineType):
             return result
         if self._loop is None:
             import asyncio  # here, since few environments need it
@@ -624,12 +662,12 @@ class Session:
 # What a WebSocket message has around an observation; and what is a long text (characters).
 OBSERVATION = ('{"type":"observation","data":', "}")
 LONG = 10_000
-_ESCAPED = bytes([*range(32), *b'"\\', 127])
+_ESCAPED = [*map(chr, range(32)), '"', "\\", "\x7f"]
 
 
 def _encode_long(value: Any) -> Iterator[str]:
     """Encode dicts with a long text in them: json looks at each character by itself and
-    escapes what needs it, but whether any does can be seen in a third of the time.
+    escapes what needs it, but whether any does is found out in a fifth of the time.
     """
     if isinstance(value, dict):
         for i, (name, item) in enumerate(value.items()):
@@ -639,7 +677,7 @@ def _encode_long(value: Any) -> Iterator[str]:
     elif (
         type(value) is str
         and value.isascii()
-        and len(value.encode().translate(None, _ESCAPED)) == len(value)
+        and not any(character in value for character in _ESCAPED)
     ):
         yield from ('"', value, '"')
     else:
@@ -757,7 +795,11 @@ class App:
                 "a dataclass that contains itself has no schema here"
             ) from None
         self.step_schema = step_schema(self.schemas["action"])
-        self.messages = message_schemas(self.schemas["action"])
+        self.validate_step = validator(self.step_schema)
+        self.validate_message = {
+            kind: validator(schema)
+            for kind, schema in message_schemas(self.schemas["action"]).items()
+        }
         self.metadata = _metadata(env, env_name)
         self.lock = threading.Lock()  # guards the sessions' comings and goings
         self._sessions: dict[object, Session] = {}
@@ -1376,7 +1418,10 @@ class Handler(BaseHTTPRequestHandler):
             ):  # so that no Close frame comes between a message and its answer
                 if ws.closing:
                     break
-                answer = session.answer(message)
+                try:
+                    answer = session.answer(message)
+                except Failure as failure:
+                    answer = failure.as_message()
                 if answer is None:
                     return client.NORMAL, ""
                 ws.send(answer)
@@ -1388,23 +1433,23 @@ class Handler(BaseHTTPRequestHandler):
     def _session_name(self) -> str:
         name = self.fields.get("x-session-id")
         if name is not None:
-            check(_SESSION_ID["schema"], name, ("header", "x-session-id"))
+            check(_validate_session_id, name, ("header", "x-session-id"))
         return name or SHARED
 
-    def _body(self, body: bytes, schema: Mapping[str, Any]) -> dict[str, Any]:
+    def _body(self, body: bytes, validate: Validator) -> dict[str, Any]:
         value = parse_json(body, ("body",)) if body.strip() else {}
-        check(schema, value, ("body",))
+        check(validate, value, ("body",))
         data: dict[str, Any] = value
         return data
 
     def post_reset(self, body: bytes) -> None:
-        data = self._body(body, RESET_SCHEMA)
+        data = self._body(body, _validate_reset)
         with self.app.use(self._session_name(), create=True) as session:
             answer = session.reset(data)
         self._send_json(answer)
 
     def post_step(self, body: bytes) -> None:
-        data, name = self._body(body, self.app.step_schema), self._session_name()
+        data, name = self._body(body, self.app.validate_step), self._session_name()
         action = data.pop("action")
         with self.app.use(name, create=name == SHARED) as session:
             answer = session.step(action, data, ("body", "action"))
