@@ -77,9 +77,10 @@ NORMAL, GOING_AWAY, PROTOCOL_ERROR, NO_STATUS, ABNORMAL = 1000, 1001, 1002, 1005
 INVALID_DATA, MESSAGE_TOO_BIG, INTERNAL_ERROR, TRY_AGAIN_LATER = 1007, 1009, 1011, 1013
 
 # Sizes in bytes: of a read when no large frame is expected (a thread that waits holds so
-# much, so it is small); of any other; of what `WebSocket.tend` may hold for the next `recv`;
-# of the head of an opening handshake.
-_RECV_SIZE, _BLOCK_SIZE, _HELD_LIMIT, _HEAD_LIMIT = 1 << 11, 1 << 18, 1 << 20, 1 << 16
+# much, so it is small); of any other at most; of a write; of what `WebSocket.tend` may hold
+# for the next `recv`; of the head of an opening handshake.
+_RECV_SIZE, _MOST, _BLOCK_SIZE = 1 << 11, 1 << 20, 1 << 18
+_HELD_LIMIT, _HEAD_LIMIT = 1 << 20, 1 << 16
 # A kept message costs more than its bytes; and a flood must not hold `tend` up (seconds).
 _MESSAGE_COST, _TEND_SECONDS = 100, 0.002
 
@@ -119,7 +120,10 @@ def accept_key(key: str) -> str:
 
 
 def apply_mask(data: bytes | bytearray, key: bytes | bytearray) -> bytes | bytearray:
-    """XOR ``data`` with the 4-byte ``key``, repeated (section 5.3). Its own inverse."""
+    """XOR ``data`` with the 4-byte ``key``, repeated (section 5.3). Its own inverse.
+
+    A large bytearray is masked where it is; all else is left alone.
+    """
     size = len(data)
     if size < 1024:
         pad = (key * (size // 4 + 1))[:size]
@@ -127,7 +131,7 @@ def apply_mask(data: bytes | bytearray, key: bytes | bytearray) -> bytes | bytea
             size, "big"
         )
     # A table look-up for each of the four strided slices: on 1 MB three times as fast.
-    masked = bytearray(data)
+    masked = data if isinstance(data, bytearray) else bytearray(data)
     for i in range(4):
         masked[i::4] = masked[i::4].translate(_xor_table(key[i]))
     return masked
@@ -363,7 +367,7 @@ class WebSocket:
             raise self._ended()
         expected = self._frame.left if self._frame else 0
         try:
-            data = self._sock.recv(min(max(expected, _RECV_SIZE), _BLOCK_SIZE), flags)
+            data = self._sock.recv(min(max(expected, _RECV_SIZE), _MOST), flags)
         except _WOULD_BLOCK:
             raise TimeoutError(f"no message within {self._timeout} s") from None
         except OSError as error:
@@ -435,15 +439,17 @@ class WebSocket:
             whole = frame.fin and not frame.left
             if self._opcode == TEXT:
                 self._check_text(data, whole)
-            if self._message or not whole:
+            if self._message or not isinstance(data, bytearray):
                 self._message += data
-                data = self._message
+            else:
+                self._message = data
             if frame.left:
                 return None
             self._frame = None
             if whole:
+                data, self._message = self._message, bytearray()
                 message = data.decode() if self._opcode == TEXT else bytes(data)
-                self._message, self._opcode, self._size = bytearray(), 0, 0
+                self._opcode = self._size = 0
                 return message
         return None
 
@@ -503,8 +509,12 @@ class WebSocket:
 
     def _take(self, frame: _Frame, size: int) -> bytes | bytearray:
         """Take ``size`` payload bytes of ``frame`` off the buffer, unmasked."""
-        data: bytes | bytearray = self._buffer[:size]
-        del self._buffer[:size]
+        data: bytes | bytearray = self._buffer
+        if size < len(data):
+            data = data[:size]
+            del self._buffer[:size]
+        else:  # of a large frame there is mostly nothing else: it need not be copied
+            self._buffer = bytearray()
         frame.left -= size
         if frame.key:
             data = apply_mask(data, frame.key)

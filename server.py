@@ -674,14 +674,15 @@ def _encode_long(value: Any) -> Iterator[str]:
             yield f"{',' if i else '{'}{client.encode_json(str(name))}:"
             yield from _encode_long(item)
         yield "}" if value else "{}"
-    elif (
-        type(value) is str
-        and value.isascii()
-        and not any(character in value for character in _ESCAPED)
-    ):
+    elif type(value) is str and _needs_no_escape(value):
         yield from ('"', value, '"')
     else:
         yield client.encode_json(value)
+
+
+def _needs_no_escape(text: str) -> bool:
+    blocks = (text[i : i + LONG] for i in range(0, len(text), LONG))  # to fit a cache
+    return text.isascii() and not any(c in b for b in blocks for c in _ESCAPED)
 
 
 def _words(error: BaseException) -> str:
