@@ -244,8 +244,11 @@ class WebSocket:
         else:
             self._send_frame(BINARY, message)
 
-    def recv(self) -> str | bytes:
+    def recv(self, eager: float = 0.0) -> str | bytes:
         """Wait for one whole message: str if it is text, bytes if it is binary.
+
+        For ``eager`` seconds the socket is polled before the thread goes to sleep: to wake
+        it takes longer than a short step, and its processor has then forgotten all.
 
         Raises:
             ConnectionClosed: the connection is over, by a Close frame (its code and reason),
@@ -263,11 +266,11 @@ class WebSocket:
                 found = self._parse() if self._buffer else None
                 if found is not None and not self._close_sent:  # else it came too late
                     return found
-                if (
-                    self._received_at > deadline
-                ):  # bytes came, but never a whole message
+                if self._received_at > deadline:  # bytes came, but nothing whole
                     raise TimeoutError(f"no message within {self._timeout} s")
-                self._fill()
+                if not (eager and self._filled_within(eager)):
+                    self._fill()
+                eager = 0.0
 
     def ping(self, payload: bytes = b"") -> None:
         """Send a Ping of at most 125 bytes; the pong is taken in silence (section 5.5.2)."""
@@ -376,6 +379,17 @@ class WebSocket:
             raise self._end(ABNORMAL, "the peer went away without a Close frame")
         self._received_at = time.monotonic()
         self._buffer += data
+
+    def _filled_within(self, seconds: float) -> bool:
+        """Poll for bytes for so long; return whether any came."""
+        until = time.monotonic() + seconds
+        while self._nowait and time.monotonic() < until:
+            try:
+                self._fill(self._nowait)
+                return True
+            except TimeoutError:
+                pass  # not yet
+        return False
 
     def _parse(self) -> str | bytes | None:
         """Take the next whole message out of the buffer; answer control frames on the way."""

@@ -76,6 +76,7 @@ HEADER_SECONDS = (
 IDLE_SECONDS = 60.0  # for a kept-alive connection to send its next request
 LINGER_SECONDS = 2.0  # for a peer to close its end after the server has closed its own
 GRACE_SECONDS = 3.5  # for steps in progress when the server is told to stop
+EAGER_SECONDS = 0.0001  # to poll the only connection before its thread sleeps
 TICK_SECONDS = 0.2  # between two looks at all connections
 SLOWEST_RATE = 50_000  # bytes per second below which a peer is taken to be stalling
 MAX_LINE, MAX_HEADERS = 65536, 100  # bytes of a request's head, and lines in it
@@ -1413,7 +1414,8 @@ class Handler(BaseHTTPRequestHandler):
     def _converse(self, ws: client.WebSocket, session: Session) -> tuple[int, str]:
         """Answer each message with one, in order; return why it is over."""
         while not self.server.stopping:
-            message = ws.recv()
+            alone = len(self.server.connections) == 1
+            message = ws.recv(EAGER_SECONDS if alone else 0)
             with (
                 session.lock
             ):  # so that no Close frame comes between a message and its answer
@@ -1983,7 +1985,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             max_message_mb=options.max_message_mb,
             allow_origins=options.allow_origin,
         )
-        server = Server(app, options.host, options.port)
+        server = _Program(app, options.host, options.port)
     except (ImportError, SyntaxError, TypeError, ValueError) as error:
         parser.error(f"--env {options.env}: {error}")
     except (OSError, OverflowError) as error:
@@ -1992,7 +1994,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.logProcesses = logging.logThreads = False
     logging._srcfile = None
     client.raise_file_limit()
-    sys.setswitchinterval(0.02)  # of many busy threads each gets more done per turn
     _stop_on_signals(server)
     url, name = server.url, app.metadata["name"]
     print(f"{name} on {url}: play at {url}/web, API at {url}/docs", flush=True)
@@ -2001,6 +2002,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.shutdown()
     # Not a return: an environment that is stuck in a thread of its own would hold it up.
     os._exit(0)
+
+
+class _Program(Server):
+    """A server that has the interpreter to itself."""
+
+    def _look_after(self, now: float) -> None:
+        """Also tune how long a thread runs before others that want to may interrupt it.
+
+        20 ms at least, so that each gets more done per turn. And since all that wait wake
+        up once in that time to ask for their turn, longer if they are many.
+        """
+        super()._look_after(now)
+        sys.setswitchinterval(max(0.02, len(self.connections) * 0.0002))
 
 
 class _Formatter(logging.Formatter):
