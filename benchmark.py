@@ -94,6 +94,9 @@ class BenchmarkEnvironment:
 
     # OpenEnv: instances share nothing, so one server may hold many of them at a time.
     SUPPORTS_CONCURRENT_SESSIONS = True
+    # server.py: steps are quick and wait for nothing, so one thread may serve many sessions.
+    # Remove this if yours sleep, do I/O, or must always be called by the same thread.
+    NEVER_WAITS = True
 
     def __init__(self) -> None:
         self._state = BenchmarkState(episode_id=str(uuid4()))

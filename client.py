@@ -232,17 +232,26 @@ class WebSocket:
 
     # -- messages -----------------------------------------------------------
 
-    def send(self, message: str | bytes) -> None:
+    def send(self, message: str | bytes, wait: bool = True) -> bool:
         """Send one whole message: str as a text frame, bytes as a binary frame.
+
+        Without ``wait`` this does not block, and what the peer does not take at once is kept
+        for `flush`. Return whether all is sent.
 
         Raises:
             ConnectionClosed: the connection is over; nothing was sent.
             TimeoutError: the peer did not take it in time: the connection is of no more use.
         """
         if isinstance(message, str):
-            self._send_frame(TEXT, message.encode())
+            self._send_frame(TEXT, message.encode(), wait)
         else:
-            self._send_frame(BINARY, message)
+            self._send_frame(BINARY, message, wait)
+        return not self._unsent
+
+    def flush(self) -> None:
+        """Send what an earlier `send` did not wait for. Raises what `send` raises."""
+        with self._sending:
+            self._transmit(b"", wait=True)
 
     def recv(self, eager: float = 0.0) -> str | bytes:
         """Wait for one whole message: str if it is text, bytes if it is binary.
@@ -279,6 +288,24 @@ class WebSocket:
                 "the payload of a ping has at most 125 bytes (section 5.5)"
             )
         self._send_frame(PING, payload)
+
+    @property
+    def kept(self) -> bool:
+        """Whether `tend` has kept a message: `recv` will not block."""
+        return bool(self._inbox)
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing has begun or waits: no message, no closing, in no direction."""
+        return not (
+            self._inbox
+            or self._buffer
+            or self._frame
+            or self._opcode
+            or self._unsent
+            or self._closed
+            or self._close_sent
+        )
 
     @property
     def ended(self) -> bool:
@@ -333,15 +360,18 @@ class WebSocket:
                 self._sock.settimeout(0)
             if self._unsent:
                 self._transmit(b"", wait=False)
+            more = True
             while not (
                 self._unsent
                 or self._held > _HELD_LIMIT
                 or self._close_can_wait
                 or time.monotonic() > self._tending
             ):
-                message = self._parse()
+                message = self._parse() if self._buffer else None
                 if message is None:
-                    self._fill(self._nowait)
+                    if not more:
+                        break
+                    more = self._fill(self._nowait)
                 else:
                     self._inbox.append(message)
                     self._held += len(message) + _MESSAGE_COST
@@ -364,13 +394,14 @@ class WebSocket:
 
     # -- frames in ----------------------------------------------------------
 
-    def _fill(self, flags: int = 0) -> None:
-        """Receive what there is, at least one byte, into the buffer."""
+    def _fill(self, flags: int = 0) -> bool:
+        """Receive what there is, at least a byte, into the buffer; return if there may be more."""
         if self._closed:
             raise self._ended()
         expected = self._frame.left if self._frame else 0
+        size = min(max(expected, _RECV_SIZE), _MOST)
         try:
-            data = self._sock.recv(min(max(expected, _RECV_SIZE), _MOST), flags)
+            data = self._sock.recv(size, flags)
         except _WOULD_BLOCK:
             raise TimeoutError(f"no message within {self._timeout} s") from None
         except OSError as error:
@@ -379,6 +410,7 @@ class WebSocket:
             raise self._end(ABNORMAL, "the peer went away without a Close frame")
         self._received_at = time.monotonic()
         self._buffer += data
+        return len(data) == size or not self._nowait  # TLS hands out record by record
 
     def _filled_within(self, seconds: float) -> bool:
         """Poll for bytes for so long; return whether any came."""
@@ -600,7 +632,7 @@ class WebSocket:
         key = os.urandom(4)  # unpredictable, to protect proxies (section 10.3)
         return head + key, apply_mask(payload, key)
 
-    def _send_frame(self, opcode: int, payload: bytes) -> None:
+    def _send_frame(self, opcode: int, payload: bytes, wait: bool = True) -> None:
         head, data = self._frame_parts(opcode, payload)
         with self._sending:
             if self._closed or self._close_sent:
@@ -608,7 +640,7 @@ class WebSocket:
             self._close_sent = opcode == CLOSE  # the last frame of all (section 5.5.1)
             if self._trace:
                 _trace_frame(self._trace, "->", True, opcode, self._client, payload)
-            wait = not (self._tending or opcode == CLOSE)
+            wait = wait and not self._tending and opcode != CLOSE
             if len(data) < _BLOCK_SIZE:  # in one packet, if it is small
                 head, data = head + data, b""
             self._transmit(head, wait)

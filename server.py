@@ -34,11 +34,13 @@ import logging
 import operator
 import os
 import re
+import selectors
 import socket
 import socketserver
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from email.utils import formatdate
@@ -77,6 +79,7 @@ IDLE_SECONDS = 60.0  # for a kept-alive connection to send its next request
 LINGER_SECONDS = 2.0  # for a peer to close its end after the server has closed its own
 GRACE_SECONDS = 3.5  # for steps in progress when the server is told to stop
 EAGER_SECONDS = 0.0001  # to poll the only connection before its thread sleeps
+LONG_STEP_SECONDS = 0.01  # after which an environment does not pass for quick any more
 TICK_SECONDS = 0.2  # between two looks at all connections
 SLOWEST_RATE = 50_000  # bytes per second below which a peer is taken to be stalling
 MAX_LINE, MAX_HEADERS = 65536, 100  # bytes of a request's head, and lines in it
@@ -803,8 +806,14 @@ class App:
             for kind, schema in message_schemas(self.schemas["action"]).items()
         }
         self.metadata = _metadata(env, env_name)
+        self.never_waits = getattr(env, "NEVER_WAITS", False) is True
         self.lock = threading.Lock()  # guards the sessions' comings and goings
         self._sessions: dict[object, Session] = {}
+
+    @property
+    def active(self) -> int:
+        """The number of sessions that are open."""
+        return len(self._sessions)
 
     def serve(self, host: str = "127.0.0.1", port: int = 8000) -> None:
         """Serve until interrupted. Raises OSError if the port is taken."""
@@ -834,13 +843,12 @@ class App:
             return self._open(key)
 
     def _open(self, key: object) -> Session:
-        active = len(self._sessions)
-        if active >= self.max_concurrent_envs:
+        if self.active >= self.max_concurrent_envs:
             raise Failure(
                 503,
-                f"Server at capacity: {active} of {self.max_concurrent_envs} sessions are open",
+                f"Server at capacity: {self.active} of {self.max_concurrent_envs} sessions are open",
                 "CAPACITY_REACHED",
-                active_sessions=active,
+                active_sessions=self.active,
                 max_sessions=self.max_concurrent_envs,
             )
         session = self._sessions[key] = Session(self, key)
@@ -1000,9 +1008,15 @@ class Handler(BaseHTTPRequestHandler):
         self.unread = False  # whether the peer may be sending what nobody will read
         self.websocket: client.WebSocket | None = None
         self.session: Session | None = None  # the WebSocket's
+        self.lent = False  # whether the thread of this connection has left it to
+        self.shared = False  # the `SharedThread`, and whether that serves it now
+        self.error: Exception | None = None  # what happened there
+        self.over = False  # whether the caller has said goodbye
         self.server.note(self, present=True)
 
     def finish(self) -> None:
+        if self.lent:
+            return
         try:
             super().finish()
             if self.unread:
@@ -1018,7 +1032,10 @@ class Handler(BaseHTTPRequestHandler):
         if now > self.deadline:
             self.cut()
         elif self.websocket is not None:
-            self.websocket.tend()
+            if not self.shared:
+                self.websocket.tend()
+                if self.shared:  # since a moment ago, and the other thread may not know
+                    self.server.sharing.resume(self)
             if self.websocket.stalled(HEADER_SECONDS, SLOWEST_RATE):
                 self.cut()
             elif self.session and now - self.session.used > self.app.session_timeout:
@@ -1370,6 +1387,8 @@ class Handler(BaseHTTPRequestHandler):
         self.fields = {}
         self.close_connection = True  # once the session is over
         size = self.app.max_message_size
+        # A socket of its own, since socketserver closes the other when this thread ends.
+        self.connection = socket.socket(fileno=self.connection.detach())
         self.websocket = client.WebSocket(
             self.connection, client=False, max_size=size, early=early
         )
@@ -1381,15 +1400,17 @@ class Handler(BaseHTTPRequestHandler):
         return Failure(426, message, headers=headers)
 
     def _serve_session(self, ws: client.WebSocket) -> None:
-        """Serve one WebSocket session from its environment's creation to its end."""
-        code, reason = client.NORMAL, ""
+        """Serve one WebSocket session until its end, or until it is shared."""
+        code: int | None = client.NORMAL
         try:
-            session = self.session = self.app.open(("ws", next(_numbers)))
+            session = self.session or self.app.open(("ws", next(_numbers)))
+            self.session = session
             try:
                 session.open()
-                code, reason = self._converse(ws, session)
+                code = self._converse(ws, session)
             finally:
-                session.end()
+                if code is not None:
+                    session.end()
         except Failure as failure:
             full = failure.code == "CAPACITY_REACHED"
             code = client.TRY_AGAIN_LATER if full else client.INTERNAL_ERROR
@@ -1402,7 +1423,10 @@ class Handler(BaseHTTPRequestHandler):
             self._last_words(
                 ws, Failure(500, f"{type(error).__name__}: {error}", "SESSION_ERROR")
             )
+        if code is None:
+            return
         self.deadline = time.monotonic() + LINGER_SECONDS
+        reason = "the server is shutting down" if code == client.GOING_AWAY else ""
         ws.close(code, reason, LINGER_SECONDS)
 
     def _last_words(self, ws: client.WebSocket, failure: Failure) -> None:
@@ -1411,25 +1435,69 @@ class Handler(BaseHTTPRequestHandler):
         except ConnectionError as error:
             log.debug("%s %s", self.client_address[0], error)
 
-    def _converse(self, ws: client.WebSocket, session: Session) -> tuple[int, str]:
-        """Answer each message with one, in order; return why it is over."""
-        while not self.server.stopping:
-            alone = len(self.server.connections) == 1
+    def _converse(self, ws: client.WebSocket, session: Session) -> int | None:
+        """Answer each message with one, in order; return why it is over, None if it is shared."""
+        if self.error:
+            raise self.error
+        ws.flush()
+        while not (self.over or self.server.stopping):
+            alone = self.app.active == 1
+            if (
+                not alone
+                and not self.lent
+                and ws.idle
+                and self.server.sharing.take(self)
+            ):
+                return None
             message = ws.recv(EAGER_SECONDS if alone else 0)
-            with (
-                session.lock
-            ):  # so that no Close frame comes between a message and its answer
-                if ws.closing:
-                    break
-                try:
-                    answer = session.answer(message)
-                except Failure as failure:
-                    answer = failure.as_message()
-                if answer is None:
-                    return client.NORMAL, ""
-                ws.send(answer)
-                session.used = time.monotonic()
-        return client.GOING_AWAY, "the server is shutting down"
+            self._exchange(ws, session, message, wait=True)
+        return client.NORMAL if self.over else client.GOING_AWAY
+
+    def _exchange(
+        self,
+        ws: client.WebSocket,
+        session: Session,
+        message: str | bytes,
+        wait: bool,
+    ) -> bool:
+        """Answer a message; return whether all of the answer is sent."""
+        with session.lock:  # so that no Close frame comes between the two
+            try:
+                answer = None if ws.closing else session.answer(message)
+            except Failure as failure:
+                answer = failure.as_message()
+            if answer is None:
+                self.over = True
+                return True
+            sent = ws.send(answer, wait)
+            session.used = time.monotonic()
+            return sent
+
+    def serve_arrived(self) -> bool:
+        """Answer what has arrived, and do not wait; `SharedThread` calls this.
+
+        Return False if the session needs a thread of its own from here on: it ends, a part
+        of a message has come, the peer does not take an answer, or a step took long.
+        """
+        ws, session, began = self.websocket, self.session, time.monotonic()
+        assert ws and session
+        try:
+            ws.tend()
+            while ws.kept and not self.over:
+                if not self._exchange(ws, session, ws.recv(), wait=False):
+                    return False
+        except Exception as error:  # noqa: BLE001  # `_converse` raises it again
+            self.error = error
+        long = session.used - began > LONG_STEP_SECONDS
+        return ws.idle and not (long or self.over or self.error)
+
+    def serve_alone(self) -> None:
+        """Go on with a session that was shared."""
+        assert self.websocket
+        try:
+            self._serve_session(self.websocket)
+        finally:
+            self.server.note(self, present=False)
 
     # -- the answers, by route ---------------------------------------------------
 
@@ -1584,6 +1652,7 @@ class Server(ThreadingHTTPServer):
             _authority(h.rpartition("://")[2].rstrip("/")) for h in hosts
         } - {""}
         self._next_look = 0.0
+        self.sharing = SharedThread(app)
         super().__init__((host, port), Handler)
 
     def server_bind(self) -> None:
@@ -1672,12 +1741,75 @@ class Server(ThreadingHTTPServer):
         for connection in self._all():
             connection.cut()
         self.app.end_all()
+        self.sharing.stop()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
         self.stop()
+
+
+class SharedThread:
+    """One thread that serves the sessions of an environment which never waits, in turn.
+
+    A hundred threads hand the interpreter lock around, and each time another one must wake
+    up: that takes longer than an echo, and this serves three times the steps. Only while
+    they are plain, though: what may take long goes back to a thread of its own.
+    """
+
+    def __init__(self, app: App) -> None:
+        # Where nothing can be sent without waiting, as on Windows, there is nothing to share.
+        self._usable = app.never_waits and hasattr(socket, "MSG_DONTWAIT")
+        self._lock = threading.Lock()  # guards the start and the end
+        self._selector: selectors.BaseSelector | None = None
+        self._due: deque[Handler] = deque()
+        self._stopped = False
+
+    def take(self, handler: Handler) -> bool:
+        """Serve the session of ``handler`` from now on; return False if this cannot be."""
+        with self._lock:
+            if not self._usable or self._stopped:
+                return False
+            if self._selector is None:
+                self._selector = selectors.DefaultSelector()
+                threading.Thread(target=self._run, daemon=True, name="sessions").start()
+            self._selector.register(handler.connection, selectors.EVENT_READ, handler)
+            handler.lent = handler.shared = True
+        return True
+
+    def resume(self, handler: Handler) -> None:
+        """Look at a session soon, even if nothing arrives for it."""
+        self._due.append(handler)
+
+    def stop(self) -> None:
+        with self._lock:
+            self._stopped = True
+
+    def _run(self) -> None:
+        assert self._selector
+        while not self._stopped:
+            found = [key.data for key, _ in self._selector.select(TICK_SECONDS)]
+            while self._due:
+                found.append(self._due.popleft())
+            for handler in found:
+                if handler.shared and not handler.serve_arrived():
+                    self._give_back(handler)
+        for key in list(self._selector.get_map().values()):
+            key.data.connection.close()
+        self._selector.close()
+
+    def _give_back(self, handler: Handler) -> None:
+        assert self._selector
+        self._selector.unregister(handler.connection)
+        handler.shared = False
+        try:
+            threading.Thread(target=handler.serve_alone, daemon=True).start()
+        except RuntimeError as error:
+            log.error("session %s is lost: %s", handler.session, error)
+            handler.error = error
+            handler.cut()
+            handler.serve_alone()  # which then waits for nothing
 
 
 # ---------------------------------------------------------------------------
