@@ -984,8 +984,9 @@ def _metadata(env: Any, name: str | None) -> dict[str, Any]:
 _REQUEST_LINE = re.compile(
     r"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([!-~\x80-\xff]+) HTTP/([0-9])\.([0-9])"
 )
-_TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
-_CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
+_FIELD_LINE = re.compile(
+    r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\x00-\x08\x0a-\x1f\x7f]*)\r?\n"
+)
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -1101,8 +1102,8 @@ class Handler(BaseHTTPRequestHandler):
         self.request_version = f"HTTP/1.{match[4]}"
         if not self._parse_fields():
             return False
-        has_body = {"content-length", "transfer-encoding"} & set(self.fields)
-        self.unread = bool(has_body)
+        fields = self.fields
+        self.unread = "content-length" in fields or "transfer-encoding" in fields
         connection = _tokens(self.fields.get("connection"))
         keep = "close" not in connection and (
             match[4] != "0" or "keep-alive" in connection
@@ -1125,11 +1126,11 @@ class Handler(BaseHTTPRequestHandler):
                 return True
             if not line.endswith(b"\n"):
                 return False  # the peer went away
-            name, colon, value = line.decode("latin-1").rstrip("\r\n").partition(":")
-            if not (colon and _TOKEN.fullmatch(name)) or _CONTROL.search(value):
+            match = _FIELD_LINE.fullmatch(line.decode("latin-1"))
+            if match is None:
                 self.send_error(400, "a header line is not: Name: value")
                 return False
-            name, value = name.lower(), value.strip(" \t")
+            name, value = match[1].lower(), match[2].strip(" \t")
             joined = f"{self.fields[name]}, {value}" if name in self.fields else value
             self.fields[name] = joined
 
@@ -1141,15 +1142,10 @@ class Handler(BaseHTTPRequestHandler):
             methods = ROUTES.get(self.path)
             if methods is None:
                 raise Failure(404, "Not Found: GET /docs shows what there is")
-            allow = {"Allow": ", ".join([*methods, "OPTIONS"])}
-            if self.command != "OPTIONS" and self.command not in methods:
-                raise Failure(
-                    405, f"Method Not Allowed: use {allow['Allow']}", headers=allow
-                )
-            body = self._read_body()
-            if self.command == "OPTIONS":
-                self._respond(204, b"", headers=allow)
+            if self.command not in methods:
+                self._serve_no_method([*methods, "OPTIONS"])
                 return
+            body = self._read_body()
             self.deadline = float("inf")  # the environment takes as long as it takes
             methods[self.command](self, body)
         except Failure as failure:
@@ -1163,6 +1159,15 @@ class Handler(BaseHTTPRequestHandler):
             self._respond(
                 500, Failure(500, f"{type(error).__name__}: {error}").as_http().encode()
             )
+
+    def _serve_no_method(self, methods: Sequence[str]) -> None:
+        allow = {"Allow": ", ".join(methods)}
+        if self.command != "OPTIONS":
+            raise Failure(
+                405, f"Method Not Allowed: use {allow['Allow']}", headers=allow
+            )
+        self._read_body()
+        self._respond(204, b"", headers=allow)
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = do_PATCH = do_OPTIONS = _serve
     do_TRACE = do_CONNECT = _serve
@@ -1222,7 +1227,9 @@ class Handler(BaseHTTPRequestHandler):
             )
         if coding is not None and coding.lower() != "chunked":
             raise self._unreadable(501, "the only Transfer-Encoding known is chunked")
-        if length is not None and not re.fullmatch("[0-9]{1,18}", length):
+        if length is not None and not (
+            length.isascii() and length.isdigit() and len(length) <= 18
+        ):
             raise self._unreadable(400, "Content-Length must be one number")
         if int(length or 0) > self.app.max_message_size:
             raise self._unreadable(
@@ -1312,20 +1319,31 @@ class Handler(BaseHTTPRequestHandler):
         self.deadline = time.monotonic() + HEADER_SECONDS + len(body) / SLOWEST_RATE
         if self.unread or self.server.stopping:
             self.close_connection = True
-        self.send_response(status)
+        fields = {}
         if status != 204:
-            self.send_header("Content-Type", content_type)
-            self.send_header("Content-Length", str(len(body)))
-        self.send_header("X-Content-Type-Options", "nosniff")
-        for name, value in (headers or {}).items():
-            self.send_header(name, value)
+            fields["Content-Type"] = content_type
+            fields["Content-Length"] = str(len(body))
+        fields["X-Content-Type-Options"] = "nosniff"
+        fields.update(headers or {})
         if self.close_connection:
-            self.send_header("Connection", "close")
+            fields["Connection"] = "close"
         elif self.request_version == "HTTP/1.0":
-            self.send_header("Connection", "keep-alive")
-        self.end_headers()
+            fields["Connection"] = "keep-alive"
+        self._send_head(status, fields)
         if self.command != "HEAD" and status != 204:
             self.wfile.write(body)
+
+    def _send_head(self, status: int, fields: Mapping[str, str]) -> None:
+        """Write the status line and the header, in a third of http.server's time."""
+        self.log_request(status)
+        date = _http_date(int(time.time()))
+        head = (
+            f"HTTP/1.1 {status} {self.responses[status][0]}\r\n"
+            f"Server: {self.server_version}\r\nDate: {date}\r\n"
+        )
+        for name, value in fields.items():
+            head += f"{name}: {value}\r\n"
+        self.wfile.write(f"{head}\r\n".encode("latin-1"))
 
     def send_error(
         self, code: int, message: str | None = None, explain: str | None = None
@@ -1336,19 +1354,13 @@ class Handler(BaseHTTPRequestHandler):
             code, Failure(code, message or HTTPStatus(code).phrase).as_http().encode()
         )
 
-    def version_string(self) -> str:
-        return self.server_version
-
-    def date_time_string(self, timestamp: float | None = None) -> str:
-        return _http_date(int(time.time() if timestamp is None else timestamp))
-
     def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
         """Log a request: escaped, so that what a client sends cannot forge a line."""
-        if log.isEnabledFor(logging.INFO):
-            status = code.value if isinstance(code, HTTPStatus) else code
-            log.info(
-                "%s %s %s", self.client_address[0], ascii(self.requestline), status
-            )
+        step = code == 200 and self.path == "/step"  # of these there are too many
+        level = logging.DEBUG if step else logging.INFO
+        if log.isEnabledFor(level):
+            request = ascii(self.requestline)
+            log.log(level, "%s %s %s", self.client_address[0], request, code)
 
     def log_message(self, format: str, *args: Any) -> None:
         log.debug("%s %s", self.client_address[0], ascii(format % args))
@@ -1373,11 +1385,10 @@ class Handler(BaseHTTPRequestHandler):
             raise self._unreadable(
                 400, "it takes HTTP/1.1 and a Sec-WebSocket-Key of 16 bytes in base64"
             )
-        self.send_response(101)
-        self.send_header("Upgrade", "websocket")
-        self.send_header("Connection", "Upgrade")
-        self.send_header("Sec-WebSocket-Accept", client.accept_key(key))
-        self.end_headers()
+        accept = {"Sec-WebSocket-Accept": client.accept_key(key)}
+        self._send_head(
+            101, {"Upgrade": "websocket", "Connection": "Upgrade", **accept}
+        )
         self.wfile.flush()
         self.connection.settimeout(0)
         early = self.rfile.read1(MAX_LINE) or b""
@@ -1605,6 +1616,7 @@ def _tokens(value: str | None) -> list[str]:
     return [token.strip() for token in (value or "").lower().split(",")]
 
 
+@functools.lru_cache(maxsize=256)
 def _authority(text: str) -> str:
     """Return host and port as in a URL, comparable: lower case, no default port."""
     return re.sub(r":(80|443)$", "", text.strip().lower())
