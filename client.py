@@ -81,6 +81,8 @@ INVALID_DATA, MESSAGE_TOO_BIG, INTERNAL_ERROR, TRY_AGAIN_LATER = 1007, 1009, 101
 # for the next `recv`; of the head of an opening handshake.
 _RECV_SIZE, _MOST, _BLOCK_SIZE = 1 << 11, 1 << 20, 1 << 18
 _HELD_LIMIT, _HEAD_LIMIT = 1 << 20, 1 << 16
+# Seconds for which the only connection of a process is polled before its thread sleeps.
+EAGER_SECONDS = 0.0001
 # A kept message costs more than its bytes; and a flood must not hold `tend` up (seconds).
 _MESSAGE_COST, _TEND_SECONDS = 100, 0.002
 
@@ -943,6 +945,13 @@ encode_json = json.JSONEncoder(
 ).encode
 
 
+def _no_json(text: str) -> float:
+    raise ValueError(f"{text} is not JSON")
+
+
+_decode_json = json.JSONDecoder(parse_constant=_no_json).decode
+
+
 @cache
 def _field_names(cls: type) -> list[str]:
     return [f.name for f in dataclasses.fields(cls)]
@@ -1334,7 +1343,7 @@ class WebSocketEnvClient(EnvClient[ActT, ObsT, StateT]):
         if self._trace:
             self._trace(f"   {_meaning(kind)}")
         ws.send(text)
-        answer = ws.recv()
+        answer = ws.recv(EAGER_SECONDS if _keeper.watches_one else 0)
         data = _answer_data(answer, "state" if kind == "state" else "observation")
         if self._trace and kind != "state":
             self._trace(
@@ -1345,9 +1354,7 @@ class WebSocketEnvClient(EnvClient[ActT, ObsT, StateT]):
 
 def _answer_data(answer: str | bytes, expected: str) -> dict[str, Any]:
     try:
-        message = json.loads(
-            answer if isinstance(answer, str) else "", parse_constant=_no_json
-        )
+        message = _decode_json(answer if isinstance(answer, str) else "")
         kind, data = message["type"], message["data"]
         if kind == "error":
             error = ServerError(
@@ -1365,10 +1372,6 @@ def _answer_data(answer: str | bytes, expected: str) -> dict[str, Any]:
             f"{expected!r} was due"
         ) from None
     raise error
-
-
-def _no_json(text: str) -> float:
-    raise ValueError(f"{text} is not JSON")
 
 
 def _meaning(kind: str) -> str:
@@ -1399,6 +1402,11 @@ class _Keeper:
                     target=self._run, daemon=True, name="pings"
                 )
                 self._thread.start()
+
+    @property
+    def watches_one(self) -> bool:
+        """Whether the process has just one connection, and threads need not share it."""
+        return len(self._watched) == 1
 
     def _run(self) -> None:
         while True:
@@ -1494,7 +1502,7 @@ class HTTPEnvClient(EnvClient[ActT, ObsT, StateT]):
         if status != 200:
             raise _server_error(status, text)
         try:
-            answer = json.loads(text, parse_constant=_no_json)
+            answer = _decode_json(text.decode())
         except (ValueError, RecursionError):
             answer = None
         if not isinstance(answer, dict):

@@ -78,7 +78,6 @@ HEADER_SECONDS = (
 IDLE_SECONDS = 60.0  # for a kept-alive connection to send its next request
 LINGER_SECONDS = 2.0  # for a peer to close its end after the server has closed its own
 GRACE_SECONDS = 3.5  # for steps in progress when the server is told to stop
-EAGER_SECONDS = 0.0001  # to poll the only connection before its thread sleeps
 LONG_STEP_SECONDS = 0.01  # after which an environment does not pass for quick any more
 TICK_SECONDS = 0.2  # between two looks at all connections
 SLOWEST_RATE = 50_000  # bytes per second below which a peer is taken to be stalling
@@ -1460,7 +1459,7 @@ class Handler(BaseHTTPRequestHandler):
                 and self.server.sharing.take(self)
             ):
                 return None
-            message = ws.recv(EAGER_SECONDS if alone else 0)
+            message = ws.recv(client.EAGER_SECONDS if alone else 0)
             self._exchange(ws, session, message, wait=True)
         return client.NORMAL if self.over else client.GOING_AWAY
 
