@@ -94,8 +94,8 @@ class BenchmarkEnvironment:
 
     # OpenEnv: instances share nothing, so one server may hold many of them at a time.
     SUPPORTS_CONCURRENT_SESSIONS = True
-    # server.py: steps are quick and wait for nothing, so one thread may serve many sessions.
-    # Remove this if yours sleep, do I/O, or must always be called by the same thread.
+    # server.py: calls are quick, wait for nothing and may come from any thread, so that one
+    # thread can serve many sessions. Remove this if that does not hold for yours.
     NEVER_WAITS = True
 
     def __init__(self) -> None:

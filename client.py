@@ -234,11 +234,11 @@ class WebSocket:
 
     # -- messages -----------------------------------------------------------
 
-    def send(self, message: str | bytes, wait: bool = True) -> bool:
+    def send(self, message: str | bytes, wait: bool = True) -> None:
         """Send one whole message: str as a text frame, bytes as a binary frame.
 
         Without ``wait`` this does not block, and what the peer does not take at once is kept
-        for `flush`. Return whether all is sent.
+        for `flush`.
 
         Raises:
             ConnectionClosed: the connection is over; nothing was sent.
@@ -248,7 +248,6 @@ class WebSocket:
             self._send_frame(TEXT, message.encode(), wait)
         else:
             self._send_frame(BINARY, message, wait)
-        return not self._unsent
 
     def flush(self) -> None:
         """Send what an earlier `send` did not wait for. Raises what `send` raises."""
@@ -274,7 +273,7 @@ class WebSocket:
             self._received_at = time.monotonic()
             deadline = self._received_at + (self._timeout or float("inf"))
             while True:
-                found = self._parse() if self._buffer else None
+                found = self._parse() if self._buffer or self._frame else None
                 if found is not None and not self._close_sent:  # else it came too late
                     return found
                 if self._received_at > deadline:  # bytes came, but nothing whole
@@ -313,6 +312,12 @@ class WebSocket:
     def ended(self) -> bool:
         """Whether nothing more will come from the peer."""
         return self._closed is not None
+
+    @property
+    def gone(self) -> bool:
+        """Whether the peer went away without a word, so that `close` waits for nothing."""
+        code = self._closed.code if self._closed else NORMAL
+        return code == ABNORMAL and not self._unsent
 
     @property
     def closing(self) -> bool:
@@ -364,14 +369,11 @@ class WebSocket:
                 self._transmit(b"", wait=False)
             more = True
             while not (
-                self._unsent
-                or self._held > _HELD_LIMIT
-                or self._close_can_wait
-                or time.monotonic() > self._tending
+                self._unsent or self._held > _HELD_LIMIT or self._close_can_wait
             ):
-                message = self._parse() if self._buffer else None
+                message = self._parse() if self._buffer or self._frame else None
                 if message is None:
-                    if not more:
+                    if not more or time.monotonic() > self._tending:
                         break
                     more = self._fill(self._nowait)
                 else:

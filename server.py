@@ -15,7 +15,8 @@ schema of the action (`validator`) and becomes a dataclass (`client.from_json`);
 
 The file goes from types to bytes: JSON Schema; sessions and the app that holds them; HTTP
 and the opening handshake of RFC 6455; the server and its threads; OpenAPI; the command
-line; the two web pages. A thread serves each connection, so an environment may block.
+line; the two web pages. A thread serves each connection, so an environment may block;
+sessions of one that says it never does share a thread, which is faster (`SharedThread`).
 Not here: TLS and many machines (put a proxy in front) and environments with MCP tools.
 """
 
@@ -78,7 +79,7 @@ HEADER_SECONDS = (
 IDLE_SECONDS = 60.0  # for a kept-alive connection to send its next request
 LINGER_SECONDS = 2.0  # for a peer to close its end after the server has closed its own
 GRACE_SECONDS = 3.5  # for steps in progress when the server is told to stop
-LONG_STEP_SECONDS = 0.01  # after which an environment does not pass for quick any more
+LONG_STEP_SECONDS = 0.01  # three such steps in a row do not come from a busy machine
 TICK_SECONDS = 0.2  # between two looks at all connections
 SLOWEST_RATE = 50_000  # bytes per second below which a peer is taken to be stalling
 MAX_LINE, MAX_HEADERS = 65536, 100  # bytes of a request's head, and lines in it
@@ -805,7 +806,8 @@ class App:
             for kind, schema in message_schemas(self.schemas["action"]).items()
         }
         self.metadata = _metadata(env, env_name)
-        self.never_waits = getattr(env, "NEVER_WAITS", False) is True
+        # The class itself must say so: a subclass may have changed its step.
+        self.never_waits = getattr(env, "__dict__", {}).get("NEVER_WAITS") is True
         self.lock = threading.Lock()  # guards the sessions' comings and goings
         self._sessions: dict[object, Session] = {}
 
@@ -1010,6 +1012,7 @@ class Handler(BaseHTTPRequestHandler):
         self.session: Session | None = None  # the WebSocket's
         self.lent = False  # whether the thread of this connection has left it to
         self.shared = False  # the `SharedThread`, and whether that serves it now
+        self.long_steps = 0  # in a row
         self.error: Exception | None = None  # what happened there
         self.over = False  # whether the caller has said goodbye
         self.server.note(self, present=True)
@@ -1469,37 +1472,41 @@ class Handler(BaseHTTPRequestHandler):
         session: Session,
         message: str | bytes,
         wait: bool,
-    ) -> bool:
-        """Answer a message; return whether all of the answer is sent."""
+    ) -> None:
+        """Answer a message, or note that the caller says goodbye."""
         with session.lock:  # so that no Close frame comes between the two
+            began = time.monotonic()
             try:
                 answer = None if ws.closing else session.answer(message)
             except Failure as failure:
                 answer = failure.as_message()
             if answer is None:
                 self.over = True
-                return True
-            sent = ws.send(answer, wait)
+                return
             session.used = time.monotonic()
-            return sent
+            long = session.used - began > LONG_STEP_SECONDS
+            self.long_steps = self.long_steps + 1 if long else 0
+            ws.send(answer, wait)
 
     def serve_arrived(self) -> bool:
-        """Answer what has arrived, and do not wait; `SharedThread` calls this.
+        """Answer a message that has arrived, and do not wait; `SharedThread` calls this.
 
         Return False if the session needs a thread of its own from here on: it ends, a part
-        of a message has come, the peer does not take an answer, or a step took long.
+        of a message has come, the peer does not take an answer, or steps take long.
         """
-        ws, session, began = self.websocket, self.session, time.monotonic()
+        ws, session = self.websocket, self.session
         assert ws and session
         try:
-            ws.tend()
-            while ws.kept and not self.over:
-                if not self._exchange(ws, session, ws.recv(), wait=False):
-                    return False
+            if ws.tend():
+                self._exchange(ws, session, ws.recv(), wait=False)
         except Exception as error:  # noqa: BLE001  # `_converse` raises it again
             self.error = error
-        long = session.used - began > LONG_STEP_SECONDS
-        return ws.idle and not (long or self.over or self.error)
+        if self.error or self.over or self.long_steps > 2:
+            return False
+        if ws.kept:  # it is the others' turn first
+            self.server.sharing.resume(self)
+            return True
+        return ws.idle
 
     def serve_alone(self) -> None:
         """Go on with a session that was shared."""
@@ -1790,7 +1797,7 @@ class SharedThread:
         return True
 
     def resume(self, handler: Handler) -> None:
-        """Look at a session soon, even if nothing arrives for it."""
+        """Serve a session soon, even if nothing arrives for it."""
         self._due.append(handler)
 
     def stop(self) -> None:
@@ -1800,7 +1807,8 @@ class SharedThread:
     def _run(self) -> None:
         assert self._selector
         while not self._stopped:
-            found = [key.data for key, _ in self._selector.select(TICK_SECONDS)]
+            timeout = 0 if self._due else TICK_SECONDS
+            found = [key.data for key, _ in self._selector.select(timeout)]
             while self._due:
                 found.append(self._due.popleft())
             for handler in found:
@@ -1814,6 +1822,9 @@ class SharedThread:
         assert self._selector
         self._selector.unregister(handler.connection)
         handler.shared = False
+        if handler.websocket and handler.websocket.gone:
+            handler.serve_alone()  # to its end, which takes no time
+            return
         try:
             threading.Thread(target=handler.serve_alone, daemon=True).start()
         except RuntimeError as error:

@@ -972,6 +972,7 @@ for _code in (0, 999, 1004, 1005, 1006, 1015, 1016, 1100, 2000, 2999, 5000, 6553
 
 class ServerProtocolTest(ServerCase):
     options = {"max_message_mb": 1}  # noqa: RUF012
+    mine = 1  # connections that a test has from the start
 
     def setUp(self) -> None:
         self.ws = self.peer().upgrade()
@@ -1098,8 +1099,127 @@ class ServerProtocolTest(ServerCase):
                 peer.sock.shutdown(socket.SHUT_WR)
                 peer.at_end()
         self.assertEqual(self.echo(), "hello")
-        wait_until(lambda: len(self.running.connections) == 1, "the end of the others")
-        self.assertEqual(len(self.running.app._sessions), 1)
+        wait_until(
+            lambda: len(self.running.connections) == self.mine, "the end of the others"
+        )
+        self.assertEqual(self.running.app.active, self.mine)
+
+
+class SharedServerProtocolTest(ServerProtocolTest):
+    """The same for sessions that share a thread."""
+
+    mine = 2
+
+    def setUp(self) -> None:
+        self.ws = self.peer().upgrade()
+        self.echo()  # so that the next is not the only session
+        super().setUp()
+
+
+class Quick(BenchmarkEnvironment):
+    """Says which thread it runs in; it lies about never waiting."""
+
+    NEVER_WAITS = True
+
+    def step(
+        self, action: BenchmarkAction, timeout_s: float | None = None
+    ) -> BenchmarkObservation:
+        if action.message == "long":
+            time.sleep(0.02)
+        if action.message == "big":
+            return BenchmarkObservation("x" * (1 << 23))
+        if action.message == "break":
+            raise ValueError("it breaks")
+        return BenchmarkObservation(threading.current_thread().name)
+
+
+class Slow(Quick):
+    """Does not say that it never waits."""
+
+
+@unittest.skipUnless(hasattr(socket, "MSG_DONTWAIT"), "no thread is shared here")
+class SharedThreadTest(ServerCase):
+    def setUp(self) -> None:
+        self.quick = serve(Quick)
+        self.addCleanup(self.quick.stop)
+        self.first, self.second = (self.peer(self.quick).upgrade() for _ in range(2))
+        for peer in (self.first, self.second, self.first, self.second):
+            self.step(peer, "hello")  # the first may come too early to be shared
+
+    def step(self, peer: RawPeer, message: str) -> Any:
+        peer.send(text_frame({"type": "step", "data": {"message": message}}))
+        data = peer.message()["data"]
+        return data.get("observation", data).get("echoed_message", data)
+
+    def test_sessions_share_a_thread(self) -> None:
+        for peer in (self.first, self.second):
+            self.assertEqual(self.step(peer, "hello"), "sessions")
+        peer = self.peer(self.quick).upgrade()
+        self.step(peer, "hello")
+        self.assertEqual(self.step(peer, "hello"), "sessions")
+
+    def test_only_if_the_class_itself_says_that_it_never_waits(self) -> None:
+        with serve(Slow) as running:
+            peers = [self.peer(running).upgrade() for _ in range(3)]
+            first = [self.step(peer, "hello") for peer in peers]
+            self.assertEqual(len(set(first) - {"sessions"}), 3)
+            self.assertEqual([self.step(peer, "hello") for peer in peers], first)
+
+    def test_long_steps_get_a_thread_of_their_own(self) -> None:
+        names = [self.step(self.first, "long") for _ in range(4)]
+        self.assertEqual(names[:3], ["sessions"] * 3)
+        self.assertNotEqual(names[3], "sessions")
+        self.assertNotEqual(self.step(self.first, "hello"), "sessions")
+        self.assertEqual(self.step(self.second, "hello"), "sessions")
+
+    def test_half_a_message_holds_nobody_up(self) -> None:
+        message = text_frame({"type": "step", "data": {"message": "hello"}})
+        self.first.send(message[:9])
+        for _ in range(3):
+            self.assertEqual(self.step(self.second, "hello"), "sessions")
+        self.first.send(message[9:])
+        self.assertIn("observation", self.first.message()["data"])
+
+    def test_an_answer_that_is_not_taken_holds_nobody_up(self) -> None:
+        big = text_frame({"type": "step", "data": {"message": "big"}})
+        self.first.send(big * 3)
+        for _ in range(3):
+            self.assertEqual(self.step(self.second, "hello"), "sessions")
+        for _ in range(3):
+            observation = self.first.message()["data"]["observation"]
+            self.assertEqual(len(observation["echoed_message"]), 1 << 23)
+        self.assertNotEqual(self.step(self.first, "hello"), "sessions")
+
+    def test_many_messages_at_once_take_turns_with_others(self) -> None:
+        hello = text_frame({"type": "step", "data": {"message": "hello"}})
+        self.first.send(hello * 2000)
+        self.assertEqual(self.step(self.second, "hello"), "sessions")
+        with self.assertRaises(BlockingIOError):  # the other is still at it
+            self.first.sock.setblocking(False)
+            while len(self.first.data) < 200_000:
+                self.first.data += self.first.sock.recv(65536)
+        self.first.sock.settimeout(PATIENCE)
+        for _ in range(2000):
+            self.assertEqual(
+                self.first.message()["data"]["observation"]["echoed_message"],
+                "sessions",
+            )
+
+    def test_errors_and_ends(self) -> None:
+        self.assertEqual(self.step(self.first, "break")["code"], "EXECUTION_ERROR")
+        self.assertEqual(self.step(self.first, "hello"), "sessions")
+        self.first.send(text_frame({"type": "close"}))
+        self.assertEqual(self.first.close_code(), 1000)
+        self.second.sock.close()
+        wait_until(lambda: not self.quick.connections)
+        self.assertEqual(self.quick.app.active, 0)
+
+    def test_stop_says_goodbye(self) -> None:
+        stopping = threading.Thread(target=self.quick.stop)
+        stopping.start()
+        for peer in (self.first, self.second):
+            self.assertEqual(peer.close_code(), 1001)
+        stopping.join()
 
 
 class ClientProtocolTest(unittest.TestCase):
