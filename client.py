@@ -296,17 +296,15 @@ class WebSocket:
         return bool(self._inbox)
 
     @property
+    def unsent(self) -> bool:
+        """Whether the peer has not taken all that was sent: `flush` would wait for it."""
+        return bool(self._unsent)
+
+    @property
     def idle(self) -> bool:
         """Whether nothing has begun or waits: no message, no closing, in no direction."""
-        return not (
-            self._inbox
-            or self._buffer
-            or self._frame
-            or self._opcode
-            or self._unsent
-            or self._closed
-            or self._close_sent
-        )
+        coming = self._inbox or self._buffer or self._frame or self._opcode
+        return not (coming or self._unsent or self._closed or self._close_sent)
 
     @property
     def ended(self) -> bool:

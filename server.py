@@ -1501,7 +1501,7 @@ class Handler(BaseHTTPRequestHandler):
                 self._exchange(ws, session, ws.recv(), wait=False)
         except Exception as error:  # noqa: BLE001  # `_converse` raises it again
             self.error = error
-        if self.error or self.over or self.long_steps > 2:
+        if self.error or self.over or self.long_steps > 2 or ws.unsent:
             return False
         if ws.kept:  # it is the others' turn first
             self.server.sharing.resume(self)
@@ -1771,9 +1771,9 @@ class Server(ThreadingHTTPServer):
 class SharedThread:
     """One thread that serves the sessions of an environment which never waits, in turn.
 
-    A hundred threads hand the interpreter lock around, and each time another one must wake
-    up: that takes longer than an echo, and this serves three times the steps. Only while
-    they are plain, though: what may take long goes back to a thread of its own.
+    Many threads hand the interpreter lock around, and each time another one must wake up:
+    that takes longer than an echo, and this serves twice the steps. Only while they are
+    plain, though: a session in which something may take long gets a thread of its own.
     """
 
     def __init__(self, app: App) -> None:
@@ -1812,8 +1812,11 @@ class SharedThread:
             while self._due:
                 found.append(self._due.popleft())
             for handler in found:
-                if handler.shared and not handler.serve_arrived():
-                    self._give_back(handler)
+                try:
+                    if handler.shared and not handler.serve_arrived():
+                        self._give_back(handler)
+                except Exception:  # what goes wrong with one must not stop this for all
+                    log.exception("serving session %s failed", handler.session)
         for key in list(self._selector.get_map().values()):
             key.data.connection.close()
         self._selector.close()

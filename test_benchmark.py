@@ -1120,6 +1120,7 @@ class Quick(BenchmarkEnvironment):
     """Says which thread it runs in; it lies about never waiting."""
 
     NEVER_WAITS = True
+    big_steps = 0
 
     def step(
         self, action: BenchmarkAction, timeout_s: float | None = None
@@ -1127,6 +1128,7 @@ class Quick(BenchmarkEnvironment):
         if action.message == "long":
             time.sleep(0.02)
         if action.message == "big":
+            type(self).big_steps += 1
             return BenchmarkObservation("x" * (1 << 23))
         if action.message == "break":
             raise ValueError("it breaks")
@@ -1181,10 +1183,12 @@ class SharedThreadTest(ServerCase):
         self.assertIn("observation", self.first.message()["data"])
 
     def test_an_answer_that_is_not_taken_holds_nobody_up(self) -> None:
+        Quick.big_steps = 0
         big = text_frame({"type": "step", "data": {"message": "big"}})
         self.first.send(big * 3)
         for _ in range(3):
             self.assertEqual(self.step(self.second, "hello"), "sessions")
+        self.assertEqual(Quick.big_steps, 1)  # else the answers would pile up
         for _ in range(3):
             observation = self.first.message()["data"]["observation"]
             self.assertEqual(len(observation["echoed_message"]), 1 << 23)
