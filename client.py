@@ -79,7 +79,7 @@ INVALID_DATA, MESSAGE_TOO_BIG, INTERNAL_ERROR, TRY_AGAIN_LATER = 1007, 1009, 101
 # Sizes in bytes: of a read when no large frame is expected (a thread that waits holds so
 # much, so it is small); of any other at most; of a write; of what `WebSocket.tend` may hold
 # for the next `recv`; of the head of an opening handshake.
-_RECV_SIZE, _MOST, _BLOCK_SIZE = 1 << 11, 1 << 20, 1 << 18
+_RECV_SIZE, _LARGE_RECV_SIZE, _BLOCK_SIZE = 1 << 11, 1 << 20, 1 << 18
 _HELD_LIMIT, _HEAD_LIMIT = 1 << 20, 1 << 16
 # Seconds for which the only connection of a process is polled before its thread sleeps.
 EAGER_SECONDS = 0.0001
@@ -183,9 +183,7 @@ class WebSocket:
         self._inbox: deque[str | bytes] = deque()  # whole messages that `tend` found
         self._held = 0  # bytes in the inbox
         self._tending = 0.0  # until then `tend` is at work, and nothing sent may block
-        self._unsent: bytes | memoryview = (
-            b""  # the rest of a pong that did not fit into the socket
-        )
+        self._unsent: bytes | memoryview = b""  # what did not fit into the socket
         self._nowait = 0 if isinstance(sock, ssl.SSLSocket) else _MSG_DONTWAIT
         self._close_sent = self._close_received = False
         self._closed: ConnectionClosed | None = None  # why nothing more will come
@@ -401,7 +399,7 @@ class WebSocket:
         if self._closed:
             raise self._ended()
         expected = self._frame.left if self._frame else 0
-        size = min(max(expected, _RECV_SIZE), _MOST)
+        size = min(max(expected, _RECV_SIZE), _LARGE_RECV_SIZE)
         try:
             data = self._sock.recv(size, flags)
         except _WOULD_BLOCK:
@@ -428,14 +426,14 @@ class WebSocket:
     def _parse(self) -> str | bytes | None:
         """Take the next whole message out of the buffer; answer control frames on the way."""
         try:
-            text = self._parse_short_text()
+            text = self._parse_plain_text()
             return self._parse_frames() if text is None else text
         except _Fault as fault:
             self.begin_close(fault.code, str(fault))
             raise self._end(fault.code, str(fault)) from None
 
-    def _parse_short_text(self) -> str | None:
-        """Take the message if the buffer holds one short text frame and nothing else.
+    def _parse_plain_text(self) -> str | None:
+        """Take the message if the buffer holds one whole text frame and nothing else.
 
         It mostly does. `_parse_frames` would read that too, but in three times the time;
         it reads all else, and says what is wrong.
@@ -443,21 +441,14 @@ class WebSocket:
         buffer = self._buffer
         if len(buffer) < 6 or self._frame or self._opcode or self._trace:
             return None
-        length = (
-            buffer[1] if self._client else buffer[1] ^ 0x80
-        )  # masked, if from a client
-        start = 2 if self._client else 6
+        # What a client sends is masked: that bit must be set, and the key is there.
+        length, start = (buffer[1], 2) if self._client else (buffer[1] ^ 0x80, 6)
+        shortest = length < 126
         if length == 126:
             length, start = int.from_bytes(buffer[2:4], "big"), start + 2
             shortest = length >= 126
-        else:
-            shortest = length < 126
-        if (
-            buffer[0] != 0x80 | TEXT
-            or not shortest
-            or len(buffer) != start + length
-            or length > self._max_size
-        ):
+        plain = buffer[0] == 0x80 | TEXT and shortest and length <= self._max_size
+        if not plain or len(buffer) != start + length:
             return None
         data: bytes | bytearray = buffer[start:]
         try:
@@ -489,7 +480,7 @@ class WebSocket:
                 self._check_text(data, whole)
             if self._message or not isinstance(data, bytearray):
                 self._message += data
-            else:
+            else:  # of a large message the first part is not copied
                 self._message = data
             if frame.left:
                 return None
