@@ -605,8 +605,7 @@ class Session:
                 422, "Invalid JSON: send text messages, not binary", "INVALID_JSON"
             )
         message = parse_json(text, ())
-        if type(message) is not dict:
-            check(_validate_object, message, ())
+        check(_validate_object, message, ())
         kind, known = message.get("type"), self.app.validate_message
         if not isinstance(kind, str) or kind not in known:
             words = f"Unknown message type: {kind!r}; known are {', '.join(known)}"
