@@ -1831,9 +1831,8 @@ class SharedThread:
             threading.Thread(target=handler.serve_alone, daemon=True).start()
         except RuntimeError as error:
             log.error("session %s is lost: %s", handler.session, error)
-            handler.error = error
             handler.cut()
-            handler.serve_alone()  # which then waits for nothing
+            handler.serve_alone()  # to its end, which the cut has brought
 
 
 # ---------------------------------------------------------------------------

@@ -1218,6 +1218,15 @@ class SharedThreadTest(ServerCase):
         wait_until(lambda: not self.quick.connections)
         self.assertEqual(self.quick.app.active, 0)
 
+    def test_if_no_thread_can_start_one_session_is_lost(self) -> None:
+        error = RuntimeError("can't start new thread")
+        for_ever = mock.patch.object(server, "HEADER_SECONDS", 2 * PATIENCE)
+        with for_ever, mock.patch.object(threading.Thread, "start", side_effect=error):
+            self.first.send(text_frame({"type": "state"})[:9])
+            self.assertTrue(self.first.at_end())
+            self.assertEqual(self.step(self.second, "hello"), "sessions")
+        wait_until(lambda: self.quick.app.active == 1)
+
     def test_stop_says_goodbye(self) -> None:
         stopping = threading.Thread(target=self.quick.stop)
         stopping.start()
