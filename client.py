@@ -33,7 +33,6 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from functools import cache, lru_cache, partial
-from hashlib import sha1
 from typing import (
     TYPE_CHECKING,
     Any,
@@ -117,6 +116,8 @@ class _Frame:
 
 def accept_key(key: str) -> str:
     """Return the ``Sec-WebSocket-Accept`` that answers a ``Sec-WebSocket-Key`` (4.2.2)."""
+    from hashlib import sha1  # here: it brings 1 MB of OpenSSL into memory
+
     guid = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
     return b64encode(sha1((key + guid).encode("latin-1")).digest()).decode()
 
@@ -634,11 +635,9 @@ class WebSocket:
             if self._trace:
                 _trace_frame(self._trace, "->", True, opcode, self._client, payload)
             wait = wait and not self._tending and opcode != CLOSE
-            if len(data) < _BLOCK_SIZE:  # in one packet, if it is small
-                head, data = head + data, b""
-            self._transmit(head, wait)
-            if data:
-                self._transmit(memoryview(data), wait)  # whose slices are no copies
+            self._transmit(head + data[:_BLOCK_SIZE], wait)  # in one packet, if small
+            if len(data) > _BLOCK_SIZE:
+                self._transmit(memoryview(data)[_BLOCK_SIZE:], wait)  # not a copy
 
     def _transmit(self, frame: bytes | memoryview, wait: bool) -> None:
         """Hand a frame to the kernel, in one call if it is not a huge one."""

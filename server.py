@@ -25,7 +25,6 @@ from __future__ import annotations
 import base64
 import dataclasses
 import functools
-import hashlib
 import inspect
 import io
 import ipaddress
@@ -48,7 +47,6 @@ from email.utils import formatdate
 from enum import Enum
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from types import CoroutineType, SimpleNamespace
 from typing import (
     TYPE_CHECKING,
@@ -664,7 +662,7 @@ class Session:
 
 # What a WebSocket message has around an observation; and what is a long text (characters).
 OBSERVATION = ('{"type":"observation","data":', "}")
-LONG = 10_000
+LONG = 20_000
 _ESCAPED = [*map(chr, range(32)), '"', "\\", "\x7f"]
 
 
@@ -965,12 +963,17 @@ def _state_schema(env: Any) -> dict[str, Any]:
 
 def _metadata(env: Any, name: str | None) -> dict[str, Any]:
     module = sys.modules.get(getattr(env, "__module__", ""))
-    readme = Path(getattr(module, "__file__", None) or ".").with_name("README.md")
+    beside = os.path.dirname(getattr(module, "__file__", None) or "")
+    try:
+        with open(os.path.join(beside, "README.md"), encoding="utf-8") as file:
+            readme = file.read()
+    except OSError:
+        readme = None  # it was not copied
     return {
         "name": name or getattr(env, "__name__", "environment"),
         "description": inspect.getdoc(env) or "",
         "version": getattr(module, "__version__", benchmark.__version__),
-        "readme_content": readme.read_text("utf-8") if readme.is_file() else None,
+        "readme_content": readme,
         "author": None,
         "documentation_url": None,
     }
@@ -2230,6 +2233,7 @@ def _reload(argv: Sequence[str], env: str) -> int:
     """Run the server in a child process, and again whenever a source file has changed."""
     import signal
     import subprocess
+    from pathlib import Path
 
     command = [sys.executable, __file__]
     if __package__:
@@ -2273,12 +2277,14 @@ def _reload(argv: Sequence[str], env: str) -> int:
 @functools.cache
 def page(path: str) -> tuple[bytes, str]:
     """Return a page and its Content-Security-Policy: nothing but what is in it may run."""
+    from hashlib import sha256
+
     body, script = {"/web": (WEB_BODY, WEB_SCRIPT), "/docs": (DOCS_BODY, DOCS_SCRIPT)}[
         path
     ]
     script = COMMON_SCRIPT + script
     hashes = [
-        "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        "sha256-" + base64.b64encode(sha256(text.encode()).digest()).decode()
         for text in (script, STYLE)
     ]
     policy = (
