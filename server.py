@@ -22,6 +22,16 @@ Not here: TLS and many machines (put a proxy in front) and environments with MCP
 
 from __future__ import annotations
 
+TYPE_CHECKING = False  # except to type checkers, which know this name
+
+# First: the memory in which it is compiled, 3 MB, is there for all that follows.
+if TYPE_CHECKING or not __package__:
+    import client
+    from benchmark import BenchmarkState, __version__
+else:  # the files were copied into a package
+    from . import client
+    from .benchmark import BenchmarkState, __version__
+
 import base64
 import dataclasses
 import functools
@@ -49,7 +59,6 @@ from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import CoroutineType, SimpleNamespace
 from typing import (
-    TYPE_CHECKING,
     Any,
     Literal,
     Optional,
@@ -59,12 +68,6 @@ from typing import (
     get_type_hints,
 )
 from urllib.parse import unquote, urlsplit
-
-if TYPE_CHECKING or not __package__:
-    import benchmark
-    import client
-else:  # the files were copied into a package
-    from . import benchmark, client
 
 if TYPE_CHECKING:
     from typing import Self
@@ -802,7 +805,7 @@ class App:
             kind: validator(schema)
             for kind, schema in message_schemas(self.schemas["action"]).items()
         }
-        self.metadata = _metadata(env, env_name)
+        self.name = env_name or str(getattr(env, "__name__", "environment"))
         # The class itself must say so: a subclass may have changed its step.
         self.never_waits = getattr(env, "__dict__", {}).get("NEVER_WAITS") is True
         self.lock = threading.Lock()  # guards the sessions' comings and goings
@@ -812,6 +815,11 @@ class App:
     def active(self) -> int:
         """The number of sessions that are open."""
         return len(self._sessions)
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """What ``GET /metadata`` answers."""
+        return _metadata(self.env, self.name)
 
     def serve(self, host: str = "127.0.0.1", port: int = 8000) -> None:
         """Serve until interrupted. Raises OSError if the port is taken."""
@@ -958,21 +966,22 @@ def _state_schema(env: Any) -> dict[str, Any]:
     cls = _annotation(getter, "return") if getter else None
     if dataclasses.is_dataclass(cls):
         return json_schema(cls)  # type: ignore[arg-type]
-    return {**json_schema(benchmark.BenchmarkState, extra=True), "title": "State"}
+    return {**json_schema(BenchmarkState, extra=True), "title": "State"}
 
 
-def _metadata(env: Any, name: str | None) -> dict[str, Any]:
+def _metadata(env: Any, name: str) -> dict[str, Any]:
     module = sys.modules.get(getattr(env, "__module__", ""))
     beside = os.path.dirname(getattr(module, "__file__", None) or "")
+    path = os.path.join(beside, "README.md")
     try:
-        with open(os.path.join(beside, "README.md"), encoding="utf-8") as file:
+        with open(path, encoding="utf-8", errors="replace") as file:
             readme = file.read()
     except OSError:
         readme = None  # it was not copied
     return {
-        "name": name or getattr(env, "__name__", "environment"),
+        "name": name,
         "description": inspect.getdoc(env) or "",
-        "version": getattr(module, "__version__", benchmark.__version__),
+        "version": getattr(module, "__version__", __version__),
         "readme_content": readme,
         "author": None,
         "documentation_url": None,
@@ -998,7 +1007,7 @@ class Handler(BaseHTTPRequestHandler):
     server: Server
     raw_requestline: bytes
     protocol_version = "HTTP/1.1"
-    server_version = f"openenv-benchmark/{benchmark.__version__}"
+    server_version = f"openenv-benchmark/{__version__}"
     disable_nagle_algorithm = True
     wbufsize = -1  # buffered: head and body leave in one packet
 
@@ -1956,7 +1965,7 @@ def openapi(app: App) -> dict[str, Any]:
         "info": {
             "title": info["name"],
             "description": info["description"],
-            "version": benchmark.__version__,
+            "version": __version__,
         },
         "paths": paths,
         "components": {
@@ -2123,7 +2132,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         choices=["debug", "info", "warning", "error"],
         help="what to log",
     )
-    add("--version", action="version", version=f"%(prog)s {benchmark.__version__}")
+    add("--version", action="version", version=f"%(prog)s {__version__}")
     # One clear line, and no usage text above it.
     parser.error = lambda message: parser.exit(2, f"server.py: {message}\n")  # type: ignore[method-assign]
     options = parser.parse_args(argv)
@@ -2156,8 +2165,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     # and keeps the memory of a message of 1 MB for the next. That saves a quarter of a step.
     bytes(8 << 20)
     _stop_on_signals(server)
-    url, name = server.url, app.metadata["name"]
-    print(f"{name} on {url}: play at {url}/web, API at {url}/docs", flush=True)
+    url = server.url
+    print(f"{app.name} on {url}: play at {url}/web, API at {url}/docs", flush=True)
     server.serve_forever()
     server.stop()
     logging.shutdown()
@@ -2202,7 +2211,7 @@ def load_environment(name: str) -> tuple[Callable[[], Any], type, type]:
         raise ValueError("write it as module:Class")
     sys.path[:0] = [os.getcwd()]
     if __package__ and module_name == "benchmark":
-        module_name = benchmark.__name__  # the default, copied into a package
+        module_name = f"{__package__}.benchmark"  # the default, copied into a package
     env = getattr(importlib.import_module(module_name), class_name, None)
     if not isinstance(env, type):
         raise TypeError(f"there is no class {class_name} in {module_name}")
