@@ -281,14 +281,6 @@ class WebSocket:
                     self._fill()
                 eager = 0.0
 
-    def ping(self, payload: bytes = b"") -> None:
-        """Send a Ping of at most 125 bytes; the pong is taken in silence (section 5.5.2)."""
-        if len(payload) > 125:
-            raise ValueError(
-                "the payload of a ping has at most 125 bytes (section 5.5)"
-            )
-        self._send_frame(PING, payload)
-
     @property
     def kept(self) -> bool:
         """Whether `tend` has kept a message: `recv` will not block."""
@@ -606,8 +598,7 @@ class WebSocket:
 
     def frame(self, opcode: int, payload: bytes) -> bytes:
         """Return the bytes of one final frame; see `_parse_header` for the layout."""
-        head, data = self._frame_parts(opcode, payload)
-        return head + data
+        return b"".join(self._frame_parts(opcode, payload))
 
     def _frame_parts(
         self, opcode: int, payload: bytes
@@ -693,7 +684,7 @@ class WebSocket:
                         pass  # it came too late
                     self._sock.settimeout(max(deadline - time.monotonic(), 0.001))
                     self._fill()
-            except (ConnectionClosed, TimeoutError, OSError):
+            except OSError:
                 pass  # it came, or never will
             if self._close_received and not self._client:
                 self._sock.close()  # the peer sends nothing more, so there is none to lose
@@ -744,12 +735,10 @@ def _set_timeout(sock: socket.socket, seconds: float | None) -> None:
     The kernel's own timeout costs nothing; `socket.settimeout` costs a system call for
     each send and recv, but works with TLS and on Windows too.
     """
-    sock.settimeout(None)
-    if seconds is None:
-        return
-    if isinstance(sock, ssl.SSLSocket) or sys.platform == "win32":
+    if seconds is None or isinstance(sock, ssl.SSLSocket) or sys.platform == "win32":
         sock.settimeout(seconds)
         return
+    sock.settimeout(None)
     timeval = struct.pack("@ll", int(seconds), int(seconds % 1 * 1_000_000) or 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval)
@@ -885,8 +874,8 @@ def _refusal(sock: socket.socket, body: bytes, deadline: float) -> str:
 # -- what a trace shows --------------------------------------------------------
 
 
-def _shorten(text: str, limit: int = 160) -> str:
-    return text if len(text) <= limit else f"{text[:limit]}... ({len(text)} in all)"
+def _shorten(text: str) -> str:
+    return text if len(text) <= 160 else f"{text[:160]}... ({len(text)} in all)"
 
 
 def _trace_text(trace: Trace, arrow: str, head: bytes) -> None:
@@ -977,7 +966,9 @@ def _reader(kind: Any) -> Callable[[Any], Any]:
     if kind is float:
         return lambda value: _a(float, float(value) if type(value) is int else value)
     if kind is int:  # to JSON, 1 and 1.0 are one number
-        return lambda value: _a(int, _whole(value))
+        return lambda value: _a(
+            int, int(value) if type(value) is float and value.is_integer() else value
+        )
     if kind in (str, bool, type(None), dict, list):
         return partial(_a, kind)
     items = [_reader(argument) for argument in arguments if argument is not ...]
@@ -1012,10 +1003,6 @@ def _a(kind: type, value: Any) -> Any:
     return value
 
 
-def _whole(value: Any) -> Any:
-    return int(value) if type(value) is float and value.is_integer() else value
-
-
 def _read_union(members: tuple[Any, ...], value: Any) -> Any:
     if type(value) in members:
         return value
@@ -1035,7 +1022,6 @@ T = TypeVar("T")
 ActT = TypeVar("ActT")
 ObsT = TypeVar("ObsT")
 StateT = TypeVar("StateT")
-ClientT = TypeVar("ClientT", bound="EnvClient[Any, Any, Any]")
 
 
 @dataclasses.dataclass
@@ -1154,8 +1140,7 @@ class EnvClient(Generic[ActT, ObsT, StateT]):
         base_url = provider.start_container(image, **kwargs)
         try:
             provider.wait_for_ready(base_url)
-            client = cls(base_url, provider=provider)
-            return client.__enter__()
+            return cls(base_url, provider=provider).__enter__()
         except BaseException:
             provider.stop_container()
             raise
@@ -1175,10 +1160,7 @@ class EnvClient(Generic[ActT, ObsT, StateT]):
     # The names below are openenv-core's: a client written for it may override them.
 
     def _step_payload(self, action: ActT) -> dict[str, Any]:
-        payload: dict[str, Any] = (
-            action if isinstance(action, dict) else to_json(action)
-        )
-        return payload
+        return action if isinstance(action, dict) else to_json(action)
 
     def _parse_result(self, payload: dict[str, Any]) -> StepResult[ObsT]:
         reward = payload.get("reward")
@@ -1268,7 +1250,6 @@ class WebSocketEnvClient(EnvClient[ActT, ObsT, StateT]):
         Raises:
             ConnectionError: the server cannot be reached, or refused.
         """
-        assert isinstance(self, WebSocketEnvClient)
         self._refuse_fork()
         with self._lock:
             if self._ws is None:
@@ -1291,9 +1272,7 @@ class WebSocketEnvClient(EnvClient[ActT, ObsT, StateT]):
                 self._disconnect()
 
     def __enter__(self) -> Self:
-        assert isinstance(self, WebSocketEnvClient)
-        self.connect()
-        return self
+        return self.connect()
 
     def _disconnect(self) -> None:
         ws, self._ws = self._ws, None
@@ -1347,21 +1326,19 @@ def _answer_data(answer: str | bytes, expected: str) -> dict[str, Any]:
         message = _decode_json(answer if isinstance(answer, str) else "")
         kind, data = message["type"], message["data"]
         if kind == "error":
-            error = ServerError(
+            raise ServerError(
                 data.get("message", "unknown"),
                 data.get("code", "UNKNOWN"),
                 data.get("errors"),
             )
-        elif kind != expected or not isinstance(data, dict):
+        if kind != expected or not isinstance(data, dict):
             raise ValueError
-        else:
-            return data
+        return data
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ConnectionError(
             f"the server sent {_shorten(repr(answer))} where a message of type "
             f"{expected!r} was due"
         ) from None
-    raise error
 
 
 def _meaning(kind: str) -> str:
@@ -1475,11 +1452,7 @@ class HTTPEnvClient(EnvClient[ActT, ObsT, StateT]):
             headers["Content-Type"] = "application/json"
         request = urllib.request.Request(url, data, headers, method=method)
         try:
-            try:
-                response = self._opener.open(request, timeout=self._timeout)
-            except urllib.request.HTTPError as error:
-                response = error
-            with response:
+            with self._opener.open(request, timeout=self._timeout) as response:
                 status, text = response.status, response.read()
         except (OSError, HTTPException) as error:
             cause = getattr(error, "reason", error)
@@ -1522,13 +1495,7 @@ def _http_opener(host: str, trace: Trace | None = None) -> Any:
         http.http_open = lambda req: http.do_open(plain, req)  # type: ignore[method-assign]
         https.https_open = lambda req: https.do_open(secure, req)  # type: ignore[method-assign]
     opener = request.OpenerDirector()
-    for handler in (
-        request.ProxyHandler({} if loopback else None),
-        http,
-        https,
-        request.HTTPErrorProcessor(),
-        request.HTTPDefaultErrorHandler(),
-    ):
+    for handler in (request.ProxyHandler({} if loopback else None), http, https):
         opener.add_handler(handler)
     return opener
 
@@ -1553,8 +1520,7 @@ def _server_error(status: int, text: bytes) -> ServerError:
         detail, code = body["detail"], body.get("code")
         if isinstance(detail, list):
             words = [f"{'.'.join(map(str, d['loc']))}: {d['msg']}" for d in detail]
-            code = code or "VALIDATION_ERROR"
-            return ServerError("; ".join(words), code, detail)
+            return ServerError("; ".join(words), code or "VALIDATION_ERROR", detail)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         detail, code = _shorten(text.decode(errors="replace")), None
     return ServerError(str(detail), code or f"HTTP_{status}")
@@ -1625,7 +1591,6 @@ class LocalDockerProvider:
         options = [f"--{k.replace('_', '-')}={v}" for k, v in kwargs.items()]
         for key, value in (env_vars or {}).items():
             options += ["--env", f"{key}={value}"]
-        publish = f"127.0.0.1:{port or ''}:8000"
         try:
             self._docker(
                 "run",
@@ -1633,7 +1598,7 @@ class LocalDockerProvider:
                 "--name",
                 self._name,
                 "--publish",
-                publish,
+                f"127.0.0.1:{port or ''}:8000",
                 *options,
                 image,
             )
@@ -1651,17 +1616,18 @@ class LocalDockerProvider:
             TimeoutError: it did not within ``timeout_s`` seconds; RuntimeError: the container
                 has ended. Both say its last log lines, and the container is removed.
         """
-
         from http.client import HTTPException
 
         opener = _http_opener(split_url(base_url)[1])
         deadline = time.monotonic() + timeout_s
         while True:
             try:
-                with opener.open(f"{base_url.rstrip('/')}/health", timeout=2):
-                    return
+                with opener.open(f"{base_url.rstrip('/')}/health", timeout=2) as answer:
+                    if answer.status == 200:
+                        return
+                    last = f"HTTP Error {answer.status}: {answer.reason}"
             except (OSError, HTTPException) as error:  # not there yet
-                last = error
+                last = str(error)
             if (
                 self._name
                 and self._docker("inspect", "-f", "{{.State.Running}}", self._name)

@@ -55,7 +55,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from email.utils import formatdate
 from enum import Enum
-from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import CoroutineType, SimpleNamespace
 from typing import (
@@ -68,9 +67,6 @@ from typing import (
     get_type_hints,
 )
 from urllib.parse import unquote, urlsplit
-
-if TYPE_CHECKING:
-    from typing import Self
 
 log = logging.getLogger("openenv")
 
@@ -395,7 +391,7 @@ def parse_json(text: str | bytes, loc: Loc) -> Any:
     try:
         value = _decode_json(text if isinstance(text, str) else text.decode())
         if len(text) > 2 * MAX_DEPTH and _deeper_than(MAX_DEPTH, value):
-            raise ValueError(f"it is nested deeper than {MAX_DEPTH} levels")
+            raise RecursionError
         return value
     except RecursionError:
         reason = f"it is nested deeper than {MAX_DEPTH} levels"
@@ -405,7 +401,7 @@ def parse_json(text: str | bytes, loc: Loc) -> Any:
         digits = "integer string conversion" in str(error)  # of Python, for Python
         reason = "a number has too many digits" if digits else str(error)
     message = f"Invalid JSON: {reason}"
-    fault = {"type": "json_invalid", "loc": list(loc), "msg": message, "input": {}}
+    fault = _fault("json_invalid", message, loc, {})
     raise Failure(422, message, "INVALID_JSON", errors=[fault])
 
 
@@ -808,7 +804,7 @@ class App:
         self.name = env_name or str(getattr(env, "__name__", "environment"))
         # The class itself must say so: a subclass may have changed its step.
         self.never_waits = getattr(env, "__dict__", {}).get("NEVER_WAITS") is True
-        self.lock = threading.Lock()  # guards the sessions' comings and goings
+        self.lock = threading.RLock()  # guards the sessions' comings and goings
         self._sessions: dict[object, Session] = {}
 
     @property
@@ -819,7 +815,22 @@ class App:
     @property
     def metadata(self) -> dict[str, Any]:
         """What ``GET /metadata`` answers."""
-        return _metadata(self.env, self.name)
+        module = sys.modules.get(getattr(self.env, "__module__", ""))
+        beside = os.path.dirname(getattr(module, "__file__", None) or "")
+        path = os.path.join(beside, "README.md")
+        try:
+            with open(path, encoding="utf-8", errors="replace") as file:
+                readme = file.read()
+        except OSError:
+            readme = None  # it was not copied
+        return {
+            "name": self.name,
+            "description": inspect.getdoc(self.env) or "",
+            "version": getattr(module, "__version__", __version__),
+            "readme_content": readme,
+            "author": None,
+            "documentation_url": None,
+        }
 
     def serve(self, host: str = "127.0.0.1", port: int = 8000) -> None:
         """Serve until interrupted. Raises OSError if the port is taken."""
@@ -846,19 +857,16 @@ class App:
             Failure: CAPACITY_REACHED.
         """
         with self.lock:
-            return self._open(key)
-
-    def _open(self, key: object) -> Session:
-        if self.active >= self.max_concurrent_envs:
-            raise Failure(
-                503,
-                f"Server at capacity: {self.active} of {self.max_concurrent_envs} sessions are open",
-                "CAPACITY_REACHED",
-                active_sessions=self.active,
-                max_sessions=self.max_concurrent_envs,
-            )
-        session = self._sessions[key] = Session(self, key)
-        return session
+            if self.active >= self.max_concurrent_envs:
+                raise Failure(
+                    503,
+                    f"Server at capacity: {self.active} of {self.max_concurrent_envs} sessions are open",
+                    "CAPACITY_REACHED",
+                    active_sessions=self.active,
+                    max_sessions=self.max_concurrent_envs,
+                )
+            session = self._sessions[key] = Session(self, key)
+            return session
 
     def remove(self, session: Session) -> None:
         with self.lock:
@@ -880,7 +888,7 @@ class App:
                         "Unknown X-Session-Id: POST /reset opens the session",
                         "SESSION_ERROR",
                     )
-                session = session or self._open(name)
+                session = session or self.open(name)
             with session.lock:
                 if session.ended:  # while this waited for the lock
                     continue
@@ -969,25 +977,6 @@ def _state_schema(env: Any) -> dict[str, Any]:
     return {**json_schema(BenchmarkState, extra=True), "title": "State"}
 
 
-def _metadata(env: Any, name: str) -> dict[str, Any]:
-    module = sys.modules.get(getattr(env, "__module__", ""))
-    beside = os.path.dirname(getattr(module, "__file__", None) or "")
-    path = os.path.join(beside, "README.md")
-    try:
-        with open(path, encoding="utf-8", errors="replace") as file:
-            readme = file.read()
-    except OSError:
-        readme = None  # it was not copied
-    return {
-        "name": name,
-        "description": inspect.getdoc(env) or "",
-        "version": getattr(module, "__version__", __version__),
-        "readme_content": readme,
-        "author": None,
-        "documentation_url": None,
-    }
-
-
 # ---------------------------------------------------------------------------
 # HTTP
 # ---------------------------------------------------------------------------
@@ -1006,7 +995,6 @@ class Handler(BaseHTTPRequestHandler):
 
     server: Server
     raw_requestline: bytes
-    protocol_version = "HTTP/1.1"
     server_version = f"openenv-benchmark/{__version__}"
     disable_nagle_algorithm = True
     wbufsize = -1  # buffered: head and body leave in one packet
@@ -1016,7 +1004,6 @@ class Handler(BaseHTTPRequestHandler):
         self.app = self.server.app
         # When this has passed, `tend` cuts the connection.
         self.deadline = time.monotonic() + HEADER_SECONDS
-        self.first = True
         self.fields: dict[str, str] = {}  # the header, names in lower case
         self.unread = False  # whether the peer may be sending what nobody will read
         self.websocket: client.WebSocket | None = None
@@ -1083,15 +1070,11 @@ class Handler(BaseHTTPRequestHandler):
     # -- requests in -----------------------------------------------------------
 
     def handle_one_request(self) -> None:
-        self.deadline = time.monotonic() + (
-            HEADER_SECONDS if self.first else IDLE_SECONDS
-        )
-        self.first = False
-        if not self.rfile.peek(1):  # type: ignore[attr-defined]
-            self.close_connection = True
-            return
+        self.rfile.peek(1)  # type: ignore[attr-defined]  # waits for the first byte
         self.deadline = time.monotonic() + HEADER_SECONDS
         super().handle_one_request()
+        if not self.close_connection:
+            self.deadline = time.monotonic() + IDLE_SECONDS
 
     def parse_request(self) -> bool:
         """Parse the request's head. Stricter than http.server, and several times as fast:
@@ -1117,11 +1100,10 @@ class Handler(BaseHTTPRequestHandler):
             return False
         fields = self.fields
         self.unread = "content-length" in fields or "transfer-encoding" in fields
-        connection = _tokens(self.fields.get("connection"))
-        keep = "close" not in connection and (
-            match[4] != "0" or "keep-alive" in connection
+        connection = _tokens(fields.get("connection"))
+        self.close_connection = "close" in connection or (
+            match[4] == "0" and "keep-alive" not in connection
         )
-        self.close_connection = not keep
         return True
 
     def _parse_fields(self) -> bool:
@@ -1203,12 +1185,8 @@ class Handler(BaseHTTPRequestHandler):
         if not host and self.request_version != "HTTP/1.0" or "," in host:
             raise Failure(400, "one Host header is needed (RFC 9112 section 3.2)")
         named = self.server.named_hosts
-        if (
-            self.server.loopback
-            and host
-            and not _is_loopback(host)
-            and host not in named
-        ):
+        known = not host or host in named or _is_loopback(host)
+        if self.server.loopback and not known:
             raise Failure(
                 403, f"Host {host} is not this machine: name it with --allow-origin"
             )
@@ -1244,14 +1222,15 @@ class Handler(BaseHTTPRequestHandler):
             length.isascii() and length.isdigit() and len(length) <= 18
         ):
             raise self._unreadable(400, "Content-Length must be one number")
-        if int(length or 0) > self.app.max_message_size:
+        size = int(length or 0)
+        if size > self.app.max_message_size:
             raise self._unreadable(
                 413, f"the limit is {self.app.max_message_size} bytes"
             )
         expect = self.fields.get("expect", "").lower()
         if expect not in ("", "100-continue"):
             raise self._unreadable(417, "the only Expect known is 100-continue")
-        if coding is None and not int(length or 0):
+        if coding is None and not size:
             self.unread = False
             return b""
         media, *parameters = (
@@ -1269,7 +1248,7 @@ class Handler(BaseHTTPRequestHandler):
         if expect:
             self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
             self.wfile.flush()
-        began, size = time.monotonic(), int(length or 0)
+        began = time.monotonic()
         body = self._read_chunks(began) if coding else self._read_exactly(size, began)
         self.unread = False
         return body
@@ -1364,7 +1343,7 @@ class Handler(BaseHTTPRequestHandler):
         """Refuse a request that http.server or `parse_request` could not read."""
         self.close_connection = self.unread = True
         self._respond(
-            code, Failure(code, message or HTTPStatus(code).phrase).as_http().encode()
+            code, Failure(code, message or self.responses[code][0]).as_http().encode()
         )
 
     def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
@@ -1410,11 +1389,13 @@ class Handler(BaseHTTPRequestHandler):
         self.rfile = self.wfile = io.BytesIO()  # which http.server may flush and close
         self.fields = {}
         self.close_connection = True  # once the session is over
-        size = self.app.max_message_size
         # A socket of its own, since socketserver closes the other when this thread ends.
         self.connection = socket.socket(fileno=self.connection.detach())
         self.websocket = client.WebSocket(
-            self.connection, client=False, max_size=size, early=early
+            self.connection,
+            client=False,
+            max_size=self.app.max_message_size,
+            early=early,
         )
         self._serve_session(self.websocket)
 
@@ -1444,9 +1425,7 @@ class Handler(BaseHTTPRequestHandler):
         except Exception as error:
             log.exception("session %s failed", self.session)
             code = client.INTERNAL_ERROR
-            self._last_words(
-                ws, Failure(500, f"{type(error).__name__}: {error}", "SESSION_ERROR")
-            )
+            self._last_words(ws, Failure(500, f"{type(error).__name__}: {error}"))
         if code is None:
             return
         self.deadline = time.monotonic() + LINGER_SECONDS
@@ -1466,12 +1445,7 @@ class Handler(BaseHTTPRequestHandler):
         ws.flush()
         while not (self.over or self.server.stopping):
             alone = self.app.active == 1
-            if (
-                not alone
-                and not self.lent
-                and ws.idle
-                and self.server.sharing.take(self)
-            ):
+            if not (alone or self.lent) and ws.idle and self.server.sharing.take(self):
                 return None
             message = ws.recv(client.EAGER_SECONDS if alone else 0)
             self._exchange(ws, session, message, wait=True)
@@ -1536,9 +1510,8 @@ class Handler(BaseHTTPRequestHandler):
         return name or SHARED
 
     def _body(self, body: bytes, validate: Validator) -> dict[str, Any]:
-        value = parse_json(body, ("body",)) if body.strip() else {}
-        check(validate, value, ("body",))
-        data: dict[str, Any] = value
+        data: dict[str, Any] = parse_json(body, ("body",)) if body.strip() else {}
+        check(validate, data, ("body",))
         return data
 
     def post_reset(self, body: bytes) -> None:
@@ -1665,7 +1638,6 @@ class Server(ThreadingHTTPServer):
         OSError: the address cannot be had.
     """
 
-    daemon_threads = True
     request_queue_size = 1024  # connections that wait to be accepted
     allow_reuse_address = os.name == "posix"  # on Windows it would share a busy port
 
@@ -1746,7 +1718,7 @@ class Server(ThreadingHTTPServer):
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         error = sys.exc_info()[1]
-        if isinstance(error, (ConnectionError, TimeoutError, OSError)):
+        if isinstance(error, OSError):
             log.debug("%s went away: %s", client_address[0], error)
         else:
             log.exception("a request from %s failed", client_address[0])
@@ -1771,9 +1743,6 @@ class Server(ThreadingHTTPServer):
             connection.cut()
         self.app.end_all()
         self.sharing.stop()
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *exc_info: object) -> None:
         self.stop()
@@ -1864,8 +1833,7 @@ def example(schema: Mapping[str, Any]) -> Any:
         return schema.get("const", schema.get("enum", [None])[0])
     kind = schema.get("type")
     if kind == "object":
-        properties = schema.get("properties", {})
-        return {name: example(properties[name]) for name in properties}
+        return {k: example(v) for k, v in schema.get("properties", {}).items()}
     if kind == "array":
         items = schema.get(
             "prefixItems", [schema.get("items", {})] * schema.get("minItems", 0)
@@ -1879,10 +1847,6 @@ def example(schema: Mapping[str, Any]) -> Any:
     return {"boolean": False, "null": None}.get(
         str(kind), min(low, schema.get("maximum", low))
     )
-
-
-def _ref(name: str) -> dict[str, str]:
-    return {"$ref": f"#/components/schemas/{name}"}
 
 
 def _object(words: str, **properties: Any) -> dict[str, Any]:
@@ -1959,12 +1923,11 @@ def openapi(app: App) -> dict[str, Any]:
             content = _content(request, examples[request])
             operation["requestBody"] = {"required": path == "/step", "content": content}
         paths[path] = {method: operation}
-    info = {k: app.metadata[k] for k in ("name", "description")}
     return {
         "openapi": "3.1.0",
         "info": {
-            "title": info["name"],
-            "description": info["description"],
+            "title": app.name,
+            "description": app.metadata["description"],
             "version": __version__,
         },
         "paths": paths,
@@ -1978,7 +1941,8 @@ def openapi(app: App) -> dict[str, Any]:
 
 def _content(schema: str, given: Any) -> dict[str, Any]:
     examples = {"example": {"summary": "An example", "value": given}}
-    return {"application/json": {"schema": _ref(schema), "examples": examples}}
+    ref = {"$ref": f"#/components/schemas/{schema}"}
+    return {"application/json": {"schema": ref, "examples": examples}}
 
 
 def _success(path: str, schema: str, examples: Mapping[str, Any]) -> dict[str, Any]:
@@ -1995,12 +1959,7 @@ def _success(path: str, schema: str, examples: Mapping[str, Any]) -> dict[str, A
 def _error(code: str, meaning: str, detail: str) -> dict[str, Any]:
     content = _content("Error", {"detail": detail})
     if code == "422":
-        fault = {
-            "type": "missing",
-            "loc": ["body", "action"],
-            "msg": "Field required",
-            "input": {},
-        }
+        fault = _fault("missing", "Field required", ("body", "action"), {})
         content = _content("Faults", {"detail": [fault]})
     return {"description": meaning, "content": content}
 
@@ -2034,12 +1993,9 @@ def _components(app: App) -> dict[str, Any]:
         ),
         "Status": _object("How it stands", status=_STRING),
         "Nothing": {"type": "object", "description": "No key means anything here"},
-        "Anything": {"type": "object"},
+        "Anything": _OBJECT,
         "Schemas": _object(
-            "JSON Schemas",
-            action={"type": "object"},
-            observation={"type": "object"},
-            state={"type": "object"},
+            "JSON Schemas", action=_OBJECT, observation=_OBJECT, state=_OBJECT
         ),
         "Metadata": _object(
             "About the environment",
@@ -2272,8 +2228,7 @@ def _reload(argv: Sequence[str], env: str) -> int:
             child.wait()  # it was told, too
             return 0
         finally:
-            if child.poll() is None:
-                child.terminate()
+            child.terminate()
             child.wait()
         first = False
 
