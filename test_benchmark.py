@@ -2257,6 +2257,11 @@ class Command:
 
 
 class CommandLineTest(unittest.TestCase):
+    def test_server_loads_nothing_that_it_may_not_need(self) -> None:
+        unused = "{'argparse', 'asyncio', 'hashlib', 'urllib.request'}"
+        code = f"import server, sys; print({unused} & set(sys.modules))"
+        self.assertEqual(output_of([sys.executable, "-S", "-c", code]), "set()\n")
+
     def test_server_says_where_it_is(self) -> None:
         with Command("--port", "0") as command:
             self.assertIn(f"{command.url}/web", command.line)
