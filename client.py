@@ -273,7 +273,9 @@ class WebSocket:
             deadline = self._received_at + (self._timeout or float("inf"))
             while True:
                 found = self._parse() if self._buffer or self._frame else None
-                if found is not None and not self._close_sent:  # else it came too late
+                if found is not None:
+                    if self._close_sent:  # it came too late
+                        continue
                     return found
                 if self._received_at > deadline:  # bytes came, but nothing whole
                     raise TimeoutError(f"no message within {self._timeout} s")
@@ -357,12 +359,11 @@ class WebSocket:
             if self._unsent:
                 self._transmit(b"", wait=False)
             more = True
-            while not (
-                self._unsent or self._held > _HELD_LIMIT or self._close_can_wait
-            ):
+            while not (self._held > _HELD_LIMIT or self._must_wait):
                 message = self._parse() if self._buffer or self._frame else None
                 if message is None:
-                    if not more or time.monotonic() > self._tending:
+                    late = time.monotonic() > self._tending
+                    if late or not more or self._must_wait:
                         break
                     more = self._fill(self._nowait)
                 else:
@@ -374,6 +375,11 @@ class WebSocket:
             if not self._nowait and not self._closed:
                 self._sock.settimeout(self._timeout)
             self._tending = 0.0
+
+    @property
+    def _must_wait(self) -> bool:
+        """Whether `tend` can do no more for now."""
+        return bool(self._unsent) or self._close_can_wait
 
     @property
     def _close_can_wait(self) -> bool:
@@ -678,6 +684,7 @@ class WebSocket:
         self.begin_close(code, reason)
         deadline = time.monotonic() + timeout
         with self._receiving:
+            self.begin_close(code, reason)  # if `tend` was in the way of the other
             try:
                 while time.monotonic() < deadline:  # until the peer's Close frame
                     while self._parse() is not None:
@@ -1365,10 +1372,9 @@ class _Keeper:
         with self._lock:
             self._watched.add(ws)
             if self._thread is None:
-                self._thread = threading.Thread(
-                    target=self._run, daemon=True, name="pings"
-                )
-                self._thread.start()
+                thread = threading.Thread(target=self._run, daemon=True, name="pings")
+                thread.start()
+                self._thread = thread
 
     @property
     def watches_one(self) -> bool:

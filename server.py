@@ -578,6 +578,8 @@ class Session:
             taken = client.from_json(self.app.action_cls, action)
         except (TypeError, ValueError) as error:
             raise _invalid([_fault("value_error", str(error), loc, action)]) from error
+        except BaseException as error:  # of the class of the action
+            raise _execution(error) from error
         method = getattr(self._env, "step_async", None) or self._env.step
         given = _accepted(method, StepOptions, options) if options else {}
         answer = self._observe(method, given, (taken,), around)
@@ -669,9 +671,9 @@ def _encode_long(value: Any) -> Iterator[str]:
     """Encode dicts with a long text in them: json looks at each character by itself and
     escapes what needs it, but whether any does is found out in a fifth of the time.
     """
-    if isinstance(value, dict):
+    if isinstance(value, dict) and all(type(name) is str for name in value):
         for i, (name, item) in enumerate(value.items()):
-            yield f"{',' if i else '{'}{client.encode_json(str(name))}:"
+            yield f"{',' if i else '{'}{client.encode_json(name)}:"
             yield from _encode_long(item)
         yield "}" if value else "{}"
     elif type(value) is str and _needs_no_escape(value):
@@ -1486,7 +1488,8 @@ class Handler(BaseHTTPRequestHandler):
                 self._exchange(ws, session, ws.recv(), wait=False)
         except Exception as error:  # noqa: BLE001  # `_converse` raises it again
             self.error = error
-        if self.error or self.over or self.long_steps > 2 or ws.unsent:
+        over = self.error or self.over or self.server.stopping
+        if over or self.long_steps > 2 or ws.unsent:
             return False
         if ws.kept:  # it is the others' turn first
             self.server.sharing.resume(self)
@@ -1769,12 +1772,23 @@ class SharedThread:
         with self._lock:
             if not self._usable or self._stopped:
                 return False
-            if self._selector is None:
-                self._selector = selectors.DefaultSelector()
-                threading.Thread(target=self._run, daemon=True, name="sessions").start()
+            if self._selector is None and not self._start():
+                return False
+            assert self._selector
             self._selector.register(handler.connection, selectors.EVENT_READ, handler)
             handler.lent = handler.shared = True
+        if handler.websocket and not handler.websocket.idle:
+            self.resume(handler)  # since the caller looked, `tend` has read something
         return True
+
+    def _start(self) -> bool:
+        self._selector = selectors.DefaultSelector()
+        try:
+            threading.Thread(target=self._run, daemon=True, name="sessions").start()
+        except RuntimeError:  # there are too many
+            self._selector.close()
+            self._selector = None
+        return self._selector is not None
 
     def resume(self, handler: Handler) -> None:
         """Serve a session soon, even if nothing arrives for it."""

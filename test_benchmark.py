@@ -1209,6 +1209,21 @@ class SharedThreadTest(ServerCase):
                 "sessions",
             )
 
+    def test_a_message_that_came_while_the_thread_changed_is_answered(self) -> None:
+        selector = self.quick.sharing._selector
+        assert selector
+        register = selector.register
+
+        def after_tend(sock: socket.socket, events: int, handler: Any) -> Any:
+            sock.recv(1, socket.MSG_PEEK)  # waits for the message
+            handler.websocket.tend()  # the thread that looks after all was quicker
+            return register(sock, events, handler)
+
+        with mock.patch.object(selector, "register", after_tend):
+            peer = self.peer(self.quick).upgrade()
+            self.step(peer, "hello")
+            self.assertEqual(self.step(peer, "hello"), "sessions")
+
     def test_errors_and_ends(self) -> None:
         self.assertEqual(self.step(self.first, "break")["code"], "EXECUTION_ERROR")
         self.assertEqual(self.step(self.first, "hello"), "sessions")
@@ -1217,6 +1232,23 @@ class SharedThreadTest(ServerCase):
         self.second.sock.close()
         wait_until(lambda: not self.quick.connections)
         self.assertEqual(self.quick.app.active, 0)
+
+    def test_if_the_thread_cannot_start_none_is_shared(self) -> None:
+        with serve(Quick) as running:
+            start = threading.Thread.start
+
+            def refuse(thread: threading.Thread) -> None:
+                if thread.name == "sessions":
+                    raise RuntimeError("can't start new thread")
+                start(thread)
+
+            with mock.patch.object(threading.Thread, "start", refuse):
+                peers = [self.peer(running).upgrade() for _ in range(2)]
+                for peer in peers * 2:
+                    self.assertNotEqual(self.step(peer, "hello"), "sessions")
+            for peer in peers:
+                self.step(peer, "hello")
+                self.assertEqual(self.step(peer, "hello"), "sessions")
 
     def test_if_no_thread_can_start_one_session_is_lost(self) -> None:
         error = RuntimeError("can't start new thread")
@@ -1233,6 +1265,23 @@ class SharedThreadTest(ServerCase):
         for peer in (self.first, self.second):
             self.assertEqual(peer.close_code(), 1001)
         stopping.join()
+
+    def test_stop_says_goodbye_to_who_always_sends(self) -> None:
+        def flood() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    self.first.send(text_frame({"type": "state"}) * 1000)
+
+        flooding = threading.Thread(target=flood)
+        flooding.start()
+        self.first.message()
+        stopping = threading.Thread(target=self.quick.stop)
+        stopping.start()
+        with contextlib.suppress(EOFError):
+            self.assertEqual(self.first.close_code(), 1001)
+        stopping.join()
+        self.first.sock.close()
+        flooding.join()
 
 
 class ClientProtocolTest(unittest.TestCase):
@@ -1390,6 +1439,33 @@ class ClientProtocolTest(unittest.TestCase):
         self.ws.close()  # twice is fine
         with self.assertRaises(client.ConnectionClosed):
             self.ws.recv()
+
+    def test_what_comes_after_this_end_has_closed_is_dropped(self) -> None:
+        self.ws.begin_close()
+        self.sock.sendall(
+            frame(1, b"late", masked=False) + frame(8, b"\x03\xe8", masked=False)
+        )
+        with self.assertRaises(client.ConnectionClosed) as caught:
+            self.ws.recv()
+        self.assertEqual(caught.exception.code, 1000)
+
+    def test_closing_while_tended(self) -> None:
+        begun = threading.Event()
+
+        def tend() -> None:
+            begun.set()
+            time.sleep(0.1)
+
+        with mock.patch.object(self.ws, "_tend", tend):
+            tending = threading.Thread(target=self.ws.tend)
+            tending.start()
+            begun.wait(PATIENCE)
+            closing = threading.Thread(target=self.ws.close)
+            closing.start()
+            self.assertEqual(self.read_frame()[0], 0x88)
+            tending.join()
+        self.sock.close()
+        closing.join()
 
 
 class HandshakeTest(unittest.TestCase):
@@ -1607,6 +1683,7 @@ class SessionTest(ServerCase):
         with self.peer(self.small).upgrade() as peer:
             wait = text_frame({"type": "step", "data": {"message": "wait"}})
             peer.send(wait + HELLO + frame(8, b"\x03\xe8"))
+            peer.sock.shutdown(socket.SHUT_WR)
             time.sleep(0.5)  # for the server to look at what has come
             Counted.gate.set()
             echoes = [
@@ -1913,6 +1990,34 @@ class AppTest(unittest.TestCase):
                         result.observation.metadata,
                         {"step": 1, "seed": 5, "level": "hard"},
                     )
+
+    def test_keys_that_are_no_texts_become_texts(self) -> None:
+        keys: dict[Any, Any] = {True: 1, None: 2, 1.5: 3}
+
+        class Keyed(BenchmarkEnvironment):
+            def step(
+                self, action: BenchmarkAction, timeout_s: float | None = None
+            ) -> BenchmarkObservation:
+                return BenchmarkObservation(action.message, metadata=keys)
+
+        with serve(Keyed) as running, BenchmarkEnvWS(running.url) as env:
+            for size in (1, 100_000):
+                metadata = env.step(BenchmarkAction("x" * size)).observation.metadata
+                self.assertEqual(metadata, {"true": 1, "null": 2, "1.5": 3})
+
+    def test_an_action_that_fails_by_itself(self) -> None:
+        @dataclass
+        class Fussy(BenchmarkAction):
+            def __post_init__(self) -> None:
+                if self.message == "no":
+                    sys.exit("no")
+
+        app = server.create_app(BenchmarkEnvironment, Fussy, BenchmarkObservation)
+        with app.start() as running, BenchmarkEnvWS(running.url) as env:
+            failure = self.assertRaisesRegex(RuntimeError, "no .code: EXECUTION_ERROR")
+            with self.assertLogs("openenv", "ERROR"), failure:
+                env.step(BenchmarkAction("no"))
+            self.assertEqual(env.step(BenchmarkAction("yes")).reward, 0.3)
 
 
 # ---------------------------------------------------------------------------
