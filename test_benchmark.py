@@ -866,6 +866,43 @@ class MessageTest(ServerCase):
                     )
         self.assertEqual(answers[-1]["data"]["observation"]["metadata"]["step"], 1)
 
+    def test_long_text_is_read_as_json_reads_it(self) -> None:
+        long, gap, ones = "x" * 50_000, " " * 50_000, "1," * 25_000 + "1"
+        values = [
+            f'"{long}"',
+            f'"{long}","metadata":{{"a":"NaN"}}',
+            f'"{long}","metadata":{{"a":NaN}}',
+            f'"{long}","metadata":{{"a":Infinity}}',
+            f'"{long}","message":"the last one counts"',
+            f'"the last one counts","message":"{long}"',
+            *(
+                f'"{long}{end}"'
+                for end in ("NaN", '\\"', "\\\\", "\\u12", "\n", "\x7f", "ü")
+            ),
+            *(f'"{start}{long}"' for start in ('\\"', "\\\\", "\\", "\0", "\x1f", "𝄞")),
+            *(f'"{long}{end}' for end in ("", '"}', '"]', '"1', "\\")),
+            f"{long}",
+            f'"a"{gap},"metadata":{{"b":1}}',
+            f'"a","metadata":{{"b":{gap}1,"c":2}}',
+            f'"a","metadata":{{"b":NaN,"c":{gap}1,"d":2}}',
+            f'"a","metadata":{gap}{{}},"message":"b"',
+            f'"a","metadata":{{"{long}":"b"}}',
+            f'"a","metadata":{{"b":["c",{ones},"d"]}}',
+        ]
+        with self.peer().upgrade() as peer:
+            for value in values:
+                text = f'{{"type":"step","data":{{"message":{value}}}}}'
+                peer.send(frame(1, text.encode()))
+                answer = peer.message()["data"]
+                with self.subTest(text=f"{text[:60]} ... {text[-60:]}"):
+                    try:
+                        data = json.loads(text, parse_constant=lambda _: 1 / 0)["data"]
+                    except (ValueError, ZeroDivisionError):
+                        self.assertEqual(answer["code"], "INVALID_JSON")
+                    else:
+                        echo = answer["observation"]["echoed_message"]
+                        self.assertEqual(echo, data["message"])
+
     def test_binary_message_is_refused(self) -> None:
         with self.peer().upgrade() as peer:
             peer.send(frame(2, b'{"type":"state"}') + text_frame({"type": "state"}))
