@@ -407,17 +407,24 @@ def _decode_long(text: str) -> Any:
     return _decode_json(text)
 
 
-def _encode_long(value: Any, plain: Collection[int]) -> Iterator[str]:
-    """Encode dicts with a long text in them; ``plain`` is as in `Session.step`."""
-    if isinstance(value, dict) and all(type(name) is str for name in value):
-        for i, (name, item) in enumerate(value.items()):
-            yield f"{',' if i else '{'}{client.encode_json(name)}:"
-            yield from _encode_long(item, plain)
-        yield "}" if value else "{}"
-    elif type(value) is str and (id(value) in plain or _needs_no_escape(value)):
-        yield from ('"', value, '"')
-    else:
-        yield client.encode_json(value)
+def _encode_result(observation: Any, plain: Collection[int]) -> str:
+    """Return the JSON of a step's result: the observation; beside it reward and done.
+
+    A long text that needs no escapes is not shown to json. ``plain``: see `Session.step`.
+    """
+    is_dict = isinstance(observation, dict)
+    fields = dict(observation) if is_dict else client.to_json(observation)
+    reward, done = fields.pop("reward", None), fields.pop("done", False)
+    result = {"observation": fields, "reward": reward, "done": done}
+    for name, text in fields.items():
+        if (type(name) is type(text) is str and len(text) > LONG) and (
+            id(text) in plain or _needs_no_escape(text)
+        ):
+            del fields[name]
+            start, key = '{"observation":{', client.encode_json(name)
+            rest = client.encode_json(result)[len(start) :]
+            return f'{start}{key}:"{text}"{"," if fields else ""}{rest}'
+    return client.encode_json(result)
 
 
 def parse_json(text: str | bytes, loc: Loc) -> Any:
@@ -677,17 +684,7 @@ class Session:
         """Call ``reset`` or ``step``, and make JSON of the observation it returns."""
         try:
             observation = self._run(method, *action, **given)
-            is_dict = isinstance(observation, dict)
-            fields = dict(observation) if is_dict else client.to_json(observation)
-            parts = {
-                "observation": fields,
-                "reward": fields.pop("reward", None),
-                "done": fields.pop("done", False),
-            }
-            for value in fields.values():
-                if type(value) is str and len(value) > LONG:
-                    return "".join([around[0], *_encode_long(parts, plain), around[1]])
-            return f"{around[0]}{client.encode_json(parts)}{around[1]}"
+            return f"{around[0]}{_encode_result(observation, plain)}{around[1]}"
         except BaseException as error:
             raise _execution(error) from error
 
@@ -772,7 +769,21 @@ def mcp_answer(request: Any) -> dict[str, Any]:
 class App:
     """An environment class, made servable: its schemas, and the sessions that are open.
 
-    See `create_app` for the arguments. `serve` or `start` puts it on a port.
+    OpenEnv calls it ``create_app``. `serve` or `start` puts it on a port.
+
+    Args:
+        env: the environment class, or anything that makes an environment when called.
+        action_cls, observation_cls: its dataclasses.
+        env_name: what ``/metadata`` calls it; default: the name of the class.
+        max_concurrent_envs: environments at a time; default: 1000 if the class says
+            ``SUPPORTS_CONCURRENT_SESSIONS = True``, else 1.
+        session_timeout: seconds until an idle session ends; 0: never.
+        max_message_mb: largest request body or message, in MiB.
+        allow_origins: hosts whose pages may call.
+
+    Raises:
+        TypeError: an instance instead of a class, or a type that has no JSON Schema.
+        ValueError: more than one environment at a time of a class that does not allow it.
     """
 
     def __init__(
@@ -942,9 +953,7 @@ class App:
             ).start()
 
     def _expire(self, session: Session, seen: float) -> None:
-        with (
-            session.lock
-        ):  # an environment may be slow to close: this is its own thread
+        with session.lock:  # it may be slow to close: this is its own thread
             if session.used == seen:  # still nobody has used it
                 session.end()
 
@@ -960,32 +969,7 @@ class App:
             thread.join(max(deadline - time.monotonic(), 0))
 
 
-def create_app(
-    env: Callable[[], Any],
-    action_cls: type,
-    observation_cls: type,
-    env_name: str | None = None,
-    max_concurrent_envs: int | None = None,
-    **options: Any,
-) -> App:
-    """Make an environment servable; OpenEnv's name and signature.
-
-    Args:
-        env: the environment class, or anything that makes an environment when called.
-        action_cls, observation_cls: its dataclasses.
-        env_name: what ``/metadata`` calls it; default: the name of the class.
-        max_concurrent_envs: environments at a time; default: 1000 if the class says
-            ``SUPPORTS_CONCURRENT_SESSIONS = True``, else 1.
-        options: ``session_timeout`` (seconds, 3600; 0: never), ``max_message_mb`` (MiB, 100),
-            ``allow_origins`` (hosts whose pages may call).
-
-    Raises:
-        TypeError: an instance instead of a class, or a type that has no JSON Schema.
-        ValueError: more than one environment at a time of a class that does not allow it.
-    """
-    return App(
-        env, action_cls, observation_cls, env_name, max_concurrent_envs, **options
-    )
+create_app = App  # OpenEnv's name for it
 
 
 def _annotation(function: Any, name: str) -> Any:
@@ -1249,10 +1233,7 @@ class Handler(BaseHTTPRequestHandler):
         ):
             raise self._unreadable(400, "Content-Length must be one number")
         size = int(length or 0)
-        if size > self.app.max_message_size:
-            raise self._unreadable(
-                413, f"the limit is {self.app.max_message_size} bytes"
-            )
+        self._check_size(size)
         expect = self.fields.get("expect", "").lower()
         if expect not in ("", "100-continue"):
             raise self._unreadable(417, "the only Expect known is 100-continue")
@@ -1278,6 +1259,11 @@ class Handler(BaseHTTPRequestHandler):
         body = self._read_chunks(began) if coding else self._read_exactly(size, began)
         self.unread = False
         return body
+
+    def _check_size(self, size: int) -> None:
+        limit = self.app.max_message_size
+        if size > limit:
+            raise self._unreadable(413, f"the limit is {limit} bytes")
 
     def _unreadable(self, status: int, message: str) -> Failure:
         self.close_connection = True  # where the next request begins is not known
@@ -1310,10 +1296,7 @@ class Handler(BaseHTTPRequestHandler):
             if match is None:
                 raise self._unreadable(400, "a chunk does not begin with its size")
             size = int(match[1], 16)
-            if len(body) + size > self.app.max_message_size:
-                raise self._unreadable(
-                    413, f"the limit is {self.app.max_message_size} bytes"
-                )
+            self._check_size(len(body) + size)
             if not size:
                 break
             body += self._read_exactly(size, began, len(body))
@@ -1591,9 +1574,8 @@ class Handler(BaseHTTPRequestHandler):
         self._respond(200, text, "text/html; charset=utf-8", headers)
 
     def get_redirect(self, body: bytes) -> None:
-        headers = {
-            "Location": REDIRECTS[self.path]
-        }  # relative: there may be a path prefix
+        # Relative: there may be a path prefix.
+        headers = {"Location": REDIRECTS[self.path]}
         self._respond(307, b"", "text/plain", headers)
 
     def _send_json(self, text: str) -> None:
