@@ -632,9 +632,11 @@ class WebSocket:
             if self._trace:
                 _trace_frame(self._trace, "->", True, opcode, self._client, payload)
             wait = wait and not self._tending and opcode != CLOSE
-            self._transmit(head + data[:_BLOCK_SIZE], wait)  # in one packet, if small
-            if len(data) > _BLOCK_SIZE:
-                self._transmit(memoryview(data)[_BLOCK_SIZE:], wait)  # not a copy
+            if len(data) > _BLOCK_SIZE:  # not copied, and the head wakes the peer
+                self._transmit(head, wait)
+                self._transmit(memoryview(data), wait)
+            else:  # in one packet
+                self._transmit(head + data, wait)
 
     def _transmit(self, frame: bytes | memoryview, wait: bool) -> None:
         """Hand a frame to the kernel, in one call if it is not a huge one."""
