@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The Benchmark environment: it echoes each message and rewards its length.
 
 Part of the minimal OpenEnv Benchmark environment, version 1.0.0: benchmark.py (this
@@ -5,12 +6,10 @@ file: the environment), client.py (its clients), server.py (its server).
 
 An OpenEnv environment is a class with ``reset``, ``step`` and ``state``. What goes into
 ``step`` (the action), what comes out of it (the observation) and the state are
-dataclasses; their fields are the whole truth about the types, and server.py derives the
-JSON Schema, the validation and the web pages from them. To make an environment of your
-own, copy this file, change the dataclasses and ``step``, and serve it with
-``python3 server.py --env my_env:MyEnvironment``.
-
-There is no input or output in here. ``python3 benchmark.py`` checks the environment.
+dataclasses; their fields are the whole truth about the types. To make an environment of
+your own, copy this file, change the dataclasses and ``step``, and serve it with
+``python3 server.py --env my_env:MyEnvironment``. There is no input or output in here;
+``python3 benchmark.py`` checks the environment.
 """
 
 from __future__ import annotations
@@ -21,22 +20,16 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Optional
 from uuid import uuid4
 
-if TYPE_CHECKING:
-    from client import BenchmarkEnv, BenchmarkEnvWS, StepResult
-
 __version__ = "1.0.0"
-__all__ = [
-    "BenchmarkAction",
-    "BenchmarkEnv",
-    "BenchmarkEnvWS",
-    "BenchmarkEnvironment",
-    "BenchmarkObservation",
-    "BenchmarkState",
-    "StepResult",
-]
+__all__: list[str] = ["BenchmarkAction", "BenchmarkEnvironment"]
+__all__ += ["BenchmarkObservation", "BenchmarkState"]
+if TYPE_CHECKING:  # inside a package this is not found, and `__getattr__` counts
+    import client  # type: ignore[import-not-found,unused-ignore]
+    from client import *  # type: ignore[import-not-found,unused-ignore]
 
-
-# The types of fields are evaluated when the program runs: Python 3.9 needs Optional there.
+    __all__ += client.__all__
+else:
+    __all__ += ["BenchmarkEnv", "BenchmarkEnvWS", "StepResult"]
 
 
 @dataclass
@@ -54,23 +47,19 @@ class BenchmarkAction:
 
 @dataclass
 class BenchmarkObservation:
-    """The echo of a message, and the reward for it."""
+    """The echo of a message, and the reward for it: its length times 0.1."""
 
     echoed_message: str = field(
         default="", metadata={"description": "The echoed message"}
     )
     message_length: int = field(
-        default=0,
-        metadata={"description": "Length of the message in code points", "minimum": 0},
+        default=0, metadata={"description": "Length in code points", "minimum": 0}
     )
+    # The types of fields are evaluated at run time: Python 3.9 needs Optional there.
     reward: Optional[float] = field(  # noqa: UP045
-        default=None,
-        metadata={"description": "Length of the message times 0.1", "examples": [1.3]},
+        default=None, metadata={"description": "Length of the message times 0.1"}
     )
-    done: bool = field(
-        default=False,
-        metadata={"description": "Whether the episode is over: here, never"},
-    )
+    done: bool = False  # an episode never ends by itself
     metadata: dict[str, Any] = field(
         default_factory=dict,
         metadata={"description": "More about this step: its number"},
@@ -81,12 +70,8 @@ class BenchmarkObservation:
 class BenchmarkState:
     """Where the current episode stands."""
 
-    episode_id: Optional[str] = field(  # noqa: UP045
-        default=None, metadata={"description": "Identifier of the current episode"}
-    )
-    step_count: int = field(
-        default=0, metadata={"description": "Steps taken in this episode", "minimum": 0}
-    )
+    episode_id: Optional[str] = None  # noqa: UP045
+    step_count: int = field(default=0, metadata={"minimum": 0})
 
 
 class BenchmarkEnvironment:
@@ -109,12 +94,9 @@ class BenchmarkEnvironment:
         ``seed`` is taken because every OpenEnv environment takes it; an echo has nothing
         to draw at random. Without an ``episode_id`` the episode gets a fresh UUID4.
         """
-        self._state = BenchmarkState(
-            episode_id=str(uuid4()) if episode_id is None else episode_id
-        )
-        return BenchmarkObservation(
-            echoed_message="Benchmark environment ready!", reward=0.0
-        )
+        name = str(uuid4()) if episode_id is None else episode_id
+        self._state = BenchmarkState(episode_id=name)
+        return BenchmarkObservation("Benchmark environment ready!", reward=0.0)
 
     def step(
         self, action: BenchmarkAction, timeout_s: float | None = None
@@ -125,13 +107,9 @@ class BenchmarkEnvironment:
         """
         self._state.step_count += 1
         length = len(action.message)
-        return BenchmarkObservation(
-            echoed_message=action.message,
-            message_length=length,
-            reward=length
-            / 10,  # the double nearest to the reward; 3 * 0.1 would be off
-            metadata={"step": self._state.step_count},
-        )
+        # Not times 0.1: 3 / 10 is the double nearest to 0.3, and 3 * 0.1 is not.
+        reward, metadata = length / 10, {"step": self._state.step_count}
+        return BenchmarkObservation(action.message, length, reward, metadata=metadata)
 
     @property
     def state(self) -> BenchmarkState:
@@ -145,29 +123,23 @@ class BenchmarkEnvironment:
 def __getattr__(name: str) -> Any:
     """Load the clients on first use (PEP 562), so that the environment alone needs no network."""
     if name in ("BenchmarkEnv", "BenchmarkEnvWS", "StepResult"):
-        client = importlib.import_module(
-            f"{__package__}.client" if __package__ else "client"
-        )
-        return getattr(client, name)
+        module = f"{__package__}.client" if __package__ else "client"
+        return getattr(importlib.import_module(module), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def _check() -> int:
+def check() -> int:
     """Check reset, step, state and rewards, a line each; return the exit code."""
     env = BenchmarkEnvironment()
-    first = env.reset(episode_id="check")
-    hello = env.step(BenchmarkAction("Hello"))
-    rewards = [
-        env.step(BenchmarkAction(text)).reward
-        for text in ("Hi", "Hello, World!", "", "abc")
-    ]
+    first, hello = env.reset(episode_id="check"), env.step(BenchmarkAction("Hello"))
+    rewards = {"Hi": 0.2, "Hello, World!": 1.3, "": 0.0, "abc": 0.3}
+    echoes = [env.step(BenchmarkAction(text)) for text in rewards]
+    ready = BenchmarkObservation("Benchmark environment ready!", reward=0.0)
     checks = {
-        "reset": (first.echoed_message, first.reward, first.done)
-        == ("Benchmark environment ready!", 0.0, False),
-        "step": (hello.echoed_message, hello.message_length, hello.metadata)
-        == ("Hello", 5, {"step": 1}),
+        "reset": first == ready,
+        "step": hello == BenchmarkObservation("Hello", 5, 0.5, metadata={"step": 1}),
         "state": env.state == BenchmarkState(episode_id="check", step_count=5),
-        "rewards": rewards == [0.2, 1.3, 0.0, 0.3],
+        "rewards": [echo.reward for echo in echoes] == list(rewards.values()),
     }
     for name, passed in checks.items():
         print(f"{name}: {'ok' if passed else 'FAILED'}")
@@ -175,4 +147,4 @@ def _check() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(_check())
+    sys.exit(check())

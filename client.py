@@ -1,15 +1,16 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Clients of an OpenEnv environment, over WebSocket and over HTTP.
 
 Part of the minimal OpenEnv Benchmark environment, version 1.0.0: benchmark.py (the
 environment), client.py (this file: its clients), server.py (its server).
 
-How one ``step`` travels: the caller's action, a dataclass, becomes plain JSON
-(`to_json`); the JSON becomes the payload of one WebSocket frame (`WebSocket.send`) or the
-body of one HTTP request; the server's answer comes back the same way (`WebSocket.recv`)
-and becomes the observation, a dataclass again (`from_json`).
+How one ``step`` travels: the caller's action, a dataclass, becomes JSON (`to_json`); the
+JSON becomes a frame (`Protocol.send`) whose bytes go out (`WebSocket.send`), or the body of
+an HTTP request; the server's answer comes back the same way (`WebSocket.recv`) and becomes
+the observation, a dataclass again (`read_json`).
 
 The file goes from the bytes up: RFC 6455, the WebSocket protocol (either end of it: the
-server uses the same class); JSON and dataclasses; the environment clients; the Docker
+server uses the same classes); JSON and dataclasses; the environment clients; the Docker
 provider; the command line. Not here: WebSocket extensions (so no compression),
 subprotocols, and HTTP proxies for WebSocket connections.
 """
@@ -17,43 +18,62 @@ subprotocols, and HTTP proxies for WebSocket connections.
 from __future__ import annotations
 
 import codecs
+import contextlib
 import dataclasses
+import functools
+import http.client
+import importlib
+import io
 import json
+import operator
 import os
+import re
+import select
 import socket
-import ssl
 import struct
 import sys
 import threading
 import time
+import types
+import typing
 import uuid
 import weakref
 from base64 import b64encode
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from enum import Enum
-from functools import cache, lru_cache, partial
-from typing import (
-    TYPE_CHECKING,
-    Any,
-    Generic,
-    TypeVar,
-    Union,
-    get_args,
-    get_origin,
-    get_type_hints,
-)
+from hashlib import sha1
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, Union
 from urllib.parse import quote, urlsplit
-
-if TYPE_CHECKING or not __package__:
-    import benchmark
-else:  # the files were copied into a package
-    from . import benchmark
 
 if TYPE_CHECKING:
     from typing import Self
 
+if __name__ == "__main__" and not (__package__ or find_spec("benchmark")):
+    sys.exit("client.py: benchmark.py is not beside it, or Python's -I or -P hides it")
+if TYPE_CHECKING and __package__:  # a star that is not found names nothing
+    from .benchmark import *  # type: ignore[import-not-found,unused-ignore]
+elif not TYPE_CHECKING and __package__:  # the files were copied into a package
+    from .benchmark import BenchmarkAction, BenchmarkObservation, BenchmarkState
+else:
+    from benchmark import BenchmarkAction, BenchmarkObservation, BenchmarkState  # type: ignore[import-not-found,no-redef,unused-ignore]
+
+# What server.py takes from here, and who has the files in a package.
+__all__: list[str] = [
+    "BOUNDS", "EAGER_SECONDS", "GOING_AWAY", "INTERNAL_ERROR", "NORMAL", "TRY_AGAIN_LATER",
+    "VERSION", "BenchmarkEnv", "BenchmarkEnvWS", "ConnectionClosed",
+    "EnvClient", "HTTPEnvClient", "Invalid", "LocalDockerProvider", "Protocol", "ServerError",
+    "StepResult", "WebSocket", "WebSocketEnvClient", "accept_key", "decode_json",
+    "describe_fault", "encode_json", "fields_of", "read_fields", "read_json", "say",
+    "split_type", "to_json",
+]  # fmt: skip
+
+VERSION: str = sys.modules[BenchmarkState.__module__].__version__
 Trace = Callable[[str], None]  # is given what crosses the wire, line by line
+Headers = Mapping[str, str]
+JSON = dict[str, Any]
+Header = tuple[bool, int, bytes, int]  # of a frame: FIN, opcode, masking key, length
 
 # ---------------------------------------------------------------------------
 # RFC 6455: the WebSocket protocol
@@ -61,142 +81,329 @@ Trace = Callable[[str], None]  # is given what crosses the wire, line by line
 
 # Opcodes (section 5.2). Those from 8 up are control frames.
 CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG = 0x0, 0x1, 0x2, 0x8, 0x9, 0xA
-OPCODE_NAMES = {
-    0: "continuation",
-    1: "text",
-    2: "binary",
-    8: "close",
-    9: "ping",
-    10: "pong",
-}
+OPCODES = {0: "continuation", 1: "text", 2: "binary", 8: "close", 9: "ping", 10: "pong"}
 
 # Status codes of a Close frame (section 7.4.1). NO_STATUS and ABNORMAL never travel: they
 # stand for a Close frame without a code, and for a connection that ended without one.
 NORMAL, GOING_AWAY, PROTOCOL_ERROR, NO_STATUS, ABNORMAL = 1000, 1001, 1002, 1005, 1006
 INVALID_DATA, MESSAGE_TOO_BIG, INTERNAL_ERROR, TRY_AGAIN_LATER = 1007, 1009, 1011, 1013
 
-# Sizes in bytes: of a read when no large frame is expected (a thread that waits holds so
-# much, so it is small); of any other at most; of a write; of what `WebSocket.tend` may hold
-# for the next `recv`; of the head of an opening handshake.
-_RECV_SIZE, _LARGE_RECV_SIZE, _BLOCK_SIZE = 1 << 11, 1 << 20, 1 << 18
-_HELD_LIMIT, _HEAD_LIMIT = 1 << 20, 1 << 16
-# Seconds for which the only connection of a process is polled before its thread sleeps.
-EAGER_SECONDS = 0.0001
-# A kept message costs more than its bytes; and a flood must not hold `tend` up (seconds).
-_MESSAGE_COST, _TEND_SECONDS = 100, 0.002
-
 
 class ConnectionClosed(ConnectionError):
     """The connection is over. ``code`` and ``reason`` are those of section 7.4."""
 
     def __init__(self, code: int, reason: str = "") -> None:
-        super().__init__(f"WebSocket connection closed: {code} {reason}".rstrip())
-        self.code = code
-        self.reason = reason
+        super().__init__(code, reason)
+        self.code, self.reason = code, reason
 
-
-class _Fault(Exception):
-    """The peer broke the protocol: fail the connection with this status code."""
-
-    def __init__(self, code: int, reason: str) -> None:
-        super().__init__(reason)
-        self.code = code
-
-
-class _Frame:
-    """The header of a frame whose payload is being read."""
-
-    __slots__ = ("at", "fin", "key", "left", "opcode", "size")
-
-    def __init__(self, fin: bool, opcode: int, key: bytes, size: int) -> None:
-        self.fin, self.opcode, self.key, self.size = fin, opcode, key, size
-        self.left = size  # bytes of the payload that are still to come
-        self.at = time.monotonic()
+    def __str__(self) -> str:
+        return f"WebSocket connection closed: {self.code} {self.reason}".rstrip()
 
 
 def accept_key(key: str) -> str:
     """Return the ``Sec-WebSocket-Accept`` that answers a ``Sec-WebSocket-Key`` (4.2.2)."""
-    from hashlib import sha1  # here: it brings 1 MB of OpenSSL into memory
-
     guid = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
     return b64encode(sha1((key + guid).encode("latin-1")).digest()).decode()
 
 
-def apply_mask(data: bytes | bytearray, key: bytes | bytearray) -> bytes | bytearray:
-    """XOR ``data`` with the 4-byte ``key``, repeated (section 5.3). Its own inverse.
-
-    A large bytearray is masked where it is; all else is left alone.
-    """
+def apply_mask(data: bytes | bytearray, key: bytes) -> bytes | bytearray:
+    """XOR ``data`` with the 4-byte ``key``, repeated (section 5.3). Its own inverse."""
     size = len(data)
     if size < 1024:
         pad = (key * (size // 4 + 1))[:size]
-        return (int.from_bytes(data, "big") ^ int.from_bytes(pad, "big")).to_bytes(
-            size, "big"
-        )
+        number = int.from_bytes(data, "big") ^ int.from_bytes(pad, "big")
+        return number.to_bytes(size, "big")
     # A table look-up for each of the four strided slices: on 1 MB three times as fast.
-    masked = data if isinstance(data, bytearray) else bytearray(data)
+    masked = bytearray(data)
     for i in range(4):
         masked[i::4] = masked[i::4].translate(_xor_table(key[i]))
     return masked
 
 
-@lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=256)
 def _xor_table(key: int) -> bytes:
     return bytes(key ^ byte for byte in range(256))
 
 
+class Protocol:
+    """One end of a WebSocket connection without I/O: no socket, no lock, no clock.
+
+    Bytes go in by `receive`; whole messages come out in ``inbox``, str if text and bytes
+    if binary; bytes to send wait in ``outbox``: what `send` and `close` put there, and by
+    itself the pongs and the Close frame that answer the peer. Events keep their order: a
+    Close, or a fault, counts once the messages before it were taken from the inbox.
+
+    Args:
+        client: which end this is; a client masks what it sends, a server must not.
+        max_size: the largest message that is taken, in bytes.
+        trace: is called with a description of every frame.
+    """
+
+    def __init__(self, client: bool, max_size: int, trace: Trace | None = None) -> None:
+        self.client, self.max_size, self._trace = client, max_size, trace
+        self.inbox: deque[str | bytes] = deque()
+        self.outbox = bytearray()
+        self.close_sent = self.close_received = False  # after which nothing may come
+        self.ending: ConnectionClosed | None = None  # why no more bytes are taken
+        self.closed: ConnectionClosed | None = None  # the same, once the inbox is empty
+        self.expected = 0  # bytes that the current frame still lacks
+        self._buffer = bytearray()  # bytes that are not parsed yet
+        self._kind = CONTINUATION  # the opcode of the message that is being read
+        self._decoder = codecs.getincrementaldecoder("utf-8")()
+        self._parser = self._parse()
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether a part of a message or of a control frame has come, and not the rest."""
+        return bool(self._buffer or self._kind or self.expected)
+
+    def receive(self, data: bytes) -> None:
+        """Take bytes from the peer; those after the end of the connection are dropped."""
+        if self.ending is None:
+            self._buffer += data
+            try:
+                next(self._parser, None)
+            except ConnectionClosed as fault:
+                self.ending = fault
+        self.settle()
+
+    def receive_eof(self, reason: str = "the peer went away without Close") -> None:
+        """Note that the TCP connection has ended."""
+        self.ending = self.ending or ConnectionClosed(ABNORMAL, reason)
+        self.settle()
+
+    def settle(self) -> None:
+        """Answer the peer's Close or fault, if all messages before it were taken."""
+        if self.ending and not self.inbox and not self.closed:
+            words = "" if self.close_received else self.ending.reason
+            self.close(self.ending.code, words)
+            self.closed = self.ending
+            self._buffer.clear()
+            self._parser.close()
+
+    def _parse(self) -> Generator[None, None, None]:
+        """Take frames off the buffer, one after the other; yield while bytes are missing."""
+        message = bytearray()
+        while not self.ending:
+            fin, opcode, key, size = yield from self._parse_header(len(message))
+            text = self._kind == TEXT and opcode < CLOSE
+            frame = bytearray()
+            while True:
+                part: bytes | bytearray = self._buffer[: size - len(frame)]
+                del self._buffer[: len(part)]
+                if key:
+                    turn = len(frame) % 4
+                    part = apply_mask(part, key[turn:] + key[:turn])
+                frame += part
+                self.expected = size - len(frame)
+                if text:
+                    self._check_text(part, fin and not self.expected)
+                if not self.expected:
+                    break
+                yield
+            if self._trace:
+                self._trace(f"<- {_describe(fin, opcode, bool(key), frame)}")
+            if opcode >= CLOSE:
+                self._obey(opcode, bytes(frame))
+                continue
+            message += frame
+            if fin:
+                if not self.close_sent:  # else it came too late
+                    self.inbox.append(message.decode() if text else bytes(message))
+                self._kind = CONTINUATION
+                message = frame = part = bytearray()  # an idle session holds no message
+
+    def _parse_header(self, before: int) -> Generator[None, None, Header]:
+        """Take the header of a frame (section 5.2) off the buffer: FIN, opcode, masking key
+        and length. ``before`` is the size of the same message's earlier frames.
+
+        bit  0    1-3   4-7     8     9-15
+           +----+-----+--------+------+---------+------------------+-----------------+
+           |FIN | RSV | opcode | MASK | length  | extended length  | masking key     |
+           |    |     |        |      | (7 bit) | (16 or 64 bit, if| (32 bit,        |
+           |    |     |        |      |         | length is 126,127| if MASK is set) |
+           +----+-----+--------+------+---------+------------------+-----------------+
+        """
+        buffer = self._buffer
+        while len(buffer) < 2:
+            yield
+        fin, opcode = bool(buffer[0] & 0x80), buffer[0] & 0x0F
+        masked, size = bool(buffer[1] & 0x80), buffer[1] & 0x7F
+        if buffer[0] & 0x70:
+            raise _fault("a reserved bit is set, and no extension was agreed on")
+        if opcode not in OPCODES:
+            raise _fault(f"reserved opcode {opcode:#x}")
+        if masked == self.client:
+            raise _fault("frames are masked from client to server, only then")
+        if opcode >= CLOSE and (size > 125 or not fin):
+            raise _fault("a control frame has one part and up to 125 bytes")
+        if opcode == CONTINUATION and not self._kind:
+            raise _fault("a continuation frame, but no message to continue")
+        if opcode in (TEXT, BINARY) and self._kind:
+            raise _fault("a new message inside an unfinished one")
+        extended = {126: 2, 127: 8}.get(size, 0)
+        end = 2 + extended + 4 * masked
+        while len(buffer) < end:
+            yield
+        if extended:
+            size = int.from_bytes(buffer[2 : 2 + extended], "big")
+            if size < (126 if extended == 2 else 1 << 16) or size >> 63:
+                raise _fault("the length is not in its shortest form")
+        if opcode < CLOSE:
+            self._kind = opcode or self._kind
+            if before + size > self.max_size:
+                limit = f"the limit is {self.max_size} bytes a message"
+                raise ConnectionClosed(MESSAGE_TOO_BIG, limit)
+        key = bytes(buffer[end - 4 : end]) if masked else b""
+        del buffer[:end]
+        return fin, opcode, key, size
+
+    def _check_text(self, data: bytes | bytearray, final: bool) -> None:
+        """Find invalid UTF-8 at its first byte, not at the message's end (section 8.1)."""
+        if data.isascii() and not self._decoder.getstate()[0]:
+            return
+        try:
+            self._decoder.decode(data, final)
+        except UnicodeDecodeError:
+            raise ConnectionClosed(INVALID_DATA, "invalid UTF-8 in a text") from None
+        pending = b"" if final else self._decoder.getstate()[0]
+        if pending[:1] == b"\xed" and pending[1:] >= b"\xa0":
+            # Half a surrogate: the codec waits for a third byte, and none makes it valid.
+            raise ConnectionClosed(INVALID_DATA, "half a surrogate in a text")
+
+    def _obey(self, opcode: int, payload: bytes) -> None:
+        """Obey a control frame (section 5.5). A Pong asks for nothing."""
+        if opcode == PING and not self.close_sent:
+            self._put(PONG, payload)
+        elif opcode == CLOSE:
+            self.ending = _parse_close(payload)
+            self.close_received = True
+
+    def send(self, message: str | bytes) -> None:
+        """Put a whole message into the outbox: text if it is str, binary if bytes.
+
+        Raises:
+            ConnectionClosed: nothing can be sent any more.
+        """
+        if self.closed:
+            raise ConnectionClosed(*self.closed.args)
+        if self.close_sent:
+            raise ConnectionClosed(ABNORMAL, "this end has begun to close it")
+        if isinstance(message, str):
+            self._put(TEXT, message.encode())
+        else:
+            self._put(BINARY, message)
+        self.settle()
+
+    def close(self, code: int = NORMAL, reason: str = "") -> None:
+        """Put a Close frame (section 5.5.1) into the outbox, unless one was put there.
+
+        Messages that nobody has taken are dropped, and so are those that still come.
+        """
+        if self.close_sent or self.closed or code == ABNORMAL:
+            return
+        body = b""  # what NO_STATUS stands for
+        if code != NO_STATUS:
+            text = reason.encode()[:123].decode(errors="ignore")
+            body = struct.pack("!H", code) + text.encode()
+        self._put(CLOSE, body)
+        self.close_sent = True
+        self.inbox.clear()
+
+    def _put(self, opcode: int, payload: bytes | bytearray) -> None:
+        """Append a final frame to the outbox; see `_parse_header` for the layout."""
+        size, mask = len(payload), 0x80 if self.client else 0
+        if size < 126:
+            head = struct.pack("!BB", 0x80 | opcode, mask | size)
+        elif size < 1 << 16:
+            head = struct.pack("!BBH", 0x80 | opcode, mask | 126, size)
+        else:
+            head = struct.pack("!BBQ", 0x80 | opcode, mask | 127, size)
+        if self._trace:
+            self._trace(f"-> {_describe(True, opcode, self.client, payload)}")
+        self.outbox += head
+        if self.client:
+            key = os.urandom(4)  # unpredictable, to protect proxies (section 10.3)
+            self.outbox += key
+            payload = apply_mask(payload, key)
+        self.outbox += payload
+
+
+def _fault(reason: str) -> ConnectionClosed:
+    return ConnectionClosed(PROTOCOL_ERROR, reason)
+
+
+def _parse_close(payload: bytes) -> ConnectionClosed:
+    """Read the payload of a Close frame (sections 5.5.1 and 7.4)."""
+    if not payload:
+        return ConnectionClosed(NO_STATUS)
+    if len(payload) == 1:
+        raise _fault("a Close frame has no body or at least two bytes")
+    code = int.from_bytes(payload[:2], "big")
+    if not (1000 <= code <= 1003 or 1007 <= code <= 1014 or 3000 <= code <= 4999):
+        raise _fault(f"{code} is not a status code that may be sent")
+    try:
+        return ConnectionClosed(code, payload[2:].decode())
+    except UnicodeDecodeError:
+        raise ConnectionClosed(INVALID_DATA, "invalid UTF-8 in a reason") from None
+
+
+def _describe(fin: bool, opcode: int, masked: bool, payload: bytes | bytearray) -> str:
+    """Describe a frame, for a trace."""
+    text = payload.hex(" ")
+    if opcode in (TEXT, CONTINUATION):
+        text = payload.decode(errors="replace")
+    elif opcode == CLOSE and len(payload) >= 2:
+        code = int.from_bytes(payload[:2], "big")
+        text = f"{code} {payload[2:].decode(errors='replace')}"
+    bits = f"FIN={fin:d} opcode={opcode:#x} ({OPCODES[opcode]}) MASK={masked:d}"
+    return f"{bits} length={len(payload)}  {_shorten(text)}".rstrip()
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= 160 else f"{text[:160]}... ({len(text)} in all)"
+
+
+# -- a protocol on a socket ----------------------------------------------------
+
+# Bytes of a read, and of one within a large frame. How many messages, and bytes of them,
+# may wait in the inbox before no more are read.
+_READ, _LARGE_READ, _HELD_MESSAGES, _HELD_BYTES = 1 << 14, 1 << 20, 100, 1 << 20
+# Speed: the only connection of a process polls for so many seconds before it sleeps. To be
+# woken takes longer than a short step: a lone session makes 1.6 times the steps.
+EAGER_SECONDS = 0.0001
+_WOULD_BLOCK: tuple[type[OSError], ...] = (BlockingIOError,)
+with contextlib.suppress(ImportError):  # a Python may lack it
+    import ssl
+
+    _WOULD_BLOCK += (ssl.SSLWantReadError, ssl.SSLWantWriteError)
+
+
 class WebSocket:
-    """One end of a WebSocket connection (RFC 6455) over a connected socket.
+    """One end of a WebSocket connection: a `Protocol` on a connected socket.
 
-    ``client`` says which end: a client masks what it sends, a server must not. ``early``
-    are bytes that arrived behind the opening handshake. ``max_size`` is the largest
-    message, in bytes, that is taken. ``timeout`` (seconds) bounds each wait for the peer;
-    without it the owner waits as long as the connection lives. ``trace``, if given, is
-    called with a description of every frame.
-
-    One thread at a time may `recv`, any may `send`. While nobody is in `recv`, someone
-    should call `tend` now and then, so that pings are answered.
+    The socket is non-blocking. `tend` and `take` never wait, and any thread may call them;
+    `recv`, `send` and `close` wait, for up to ``timeout`` seconds if there is one, and one
+    thread at a time may `recv`. The lock is held while bytes are moved, and never while
+    anyone waits for the peer. While nobody is in `recv`, someone should `tend` it.
     """
 
     def __init__(
-        self,
-        sock: socket.socket,
-        client: bool,
-        max_size: int,
-        early: bytes = b"",
-        timeout: float | None = None,
-        trace: Trace | None = None,
+        self, sock: socket.socket, protocol: Protocol, timeout: float | None = None
     ) -> None:
-        self._sock = sock
-        self._client = client
-        self._max_size = max_size
-        self._timeout = timeout
-        self._trace = trace
-        self._receiving = threading.Lock()  # guards all that parsing changes
-        self._sending = threading.RLock()  # a pong may be sent while parsing, in `tend`
-        self._buffer = bytearray(early)  # bytes that are not parsed yet
-        self._frame: _Frame | None = None  # the frame whose payload is next
-        self._opcode = 0  # of the message that is being put together; 0: none is
-        self._size = 0  # the bytes that its frames so far announced
-        self._message = bytearray()  # and themselves, if it comes in parts
-        self._traced = bytearray()  # of a frame, if it is traced
-        self._decoder = codecs.getincrementaldecoder("utf-8")()
-        self._inbox: deque[str | bytes] = deque()  # whole messages that `tend` found
-        self._held = 0  # bytes in the inbox
-        self._tending = 0.0  # until then `tend` is at work, and nothing sent may block
-        self._unsent: bytes | memoryview = b""  # what did not fit into the socket
-        self._nowait = 0 if isinstance(sock, ssl.SSLSocket) else _MSG_DONTWAIT
-        self._close_sent = self._close_received = False
-        self._closed: ConnectionClosed | None = None  # why nothing more will come
-        self._received_at = time.monotonic()  # when the last bytes came
-        self._sending_since: float | None = None  # when the last bytes could be sent
-        _set_timeout(sock, timeout)
+        sock.setblocking(False)
+        self.sock, self.protocol, self.timeout = sock, protocol, timeout
+        self.at_end = False  # whether nothing more can be read from the socket
+        self._lock = threading.Lock()
+        self._receiving = False  # whether the owner is in `recv`, and reads by himself
+        self._sent_at = self._received_at = time.monotonic()  # when bytes last moved
+        self._began, self._got = self._sent_at, 0  # of an unfinished message
 
     @classmethod
     def connect(
         cls,
         url: str,
-        headers: Mapping[str, str] | None = None,
+        headers: Headers | None = None,
         connect_timeout: float = 10.0,
         timeout: float | None = None,
         max_size: int = 100 << 20,
@@ -209,565 +416,215 @@ class WebSocket:
             ValueError: ``url`` or ``headers`` cannot be sent.
         """
         secure, host, port, path = split_url(url)
-        key = b64encode(os.urandom(16)).decode()
-        request = _handshake_request(secure, host, port, path, key, headers or {})
-        deadline = time.monotonic() + connect_timeout
-        sock: socket.socket | None = None
+        headers = _check_headers(headers or {})
+        kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection
+        bounded = _bounded(kind, trace, buffered=False)
+        connection = bounded(host, port, timeout=connect_timeout)
         try:
-            sock = socket.create_connection((host, port), connect_timeout)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            if secure:
-                context = ssl.create_default_context()
-                sock = context.wrap_socket(sock, server_hostname=host)
-            if trace:
-                _trace_text(trace, "->", request)
-            sock.sendall(request)
-            early = _read_handshake(sock, key, deadline, trace)
-            return cls(sock, True, max_size, early, timeout, trace)
-        except OSError as error:
-            if sock:
-                sock.close()
-            late = isinstance(error, socket.timeout)
-            reason = f"no answer within {connect_timeout:g} s" if late else error
+            _shake_hands(connection, path or "/", headers)
+        except (OSError, http.client.HTTPException) as error:
+            connection.close()
+            reason = str(error)
+            if isinstance(error, socket.timeout):
+                reason = f"no connection within {connect_timeout:g} s"
+            elif isinstance(error, http.client.HTTPException):
+                reason = "the answer is no HTTP: is this a WebSocket server?"
             raise ConnectionError(f"cannot connect to {url}: {reason}") from error
+        return cls(connection.sock, Protocol(True, max_size, trace), timeout)
 
-    # -- messages -----------------------------------------------------------
+    @property
+    def full(self) -> bool:
+        """Whether no more is read for now: what came has to be taken first, on either end."""
+        inbox = self.protocol.inbox
+        many = len(inbox) > _HELD_MESSAGES or sum(map(len, inbox)) > _HELD_BYTES
+        # Who receives reads on while this end sends: else both ends might wait for the other.
+        return many or len(self.protocol.outbox) > _HELD_BYTES * self._receiving
 
-    def send(self, message: str | bytes, wait: bool = True) -> None:
-        """Send one whole message: str as a text frame, bytes as a binary frame.
-
-        Without ``wait`` this does not block, and what the peer does not take at once is kept
-        for `flush`.
-
-        Raises:
-            ConnectionClosed: the connection is over; nothing was sent.
-            TimeoutError: the peer did not take it in time: the connection is of no more use.
+    def stalled(self, seconds: float, rate: float) -> bool:
+        """Whether the peer took nothing of what waits, or sent nothing of what it has
+        begun, for so many seconds, or sends a message below ``rate`` bytes per second.
         """
-        if isinstance(message, str):
-            self._send_frame(TEXT, message.encode(), wait)
-        else:
-            self._send_frame(BINARY, message, wait)
+        with self._lock:
+            now = time.monotonic()
+            if self.protocol.outbox:
+                return now > self._sent_at + seconds
+            self._sent_at = now  # this clock and the next stand still
+            if self.full or not self.protocol.unfinished:
+                self._received_at = self._began = now
+            slowest = self._began + seconds + self._got / rate
+            return now > min(self._received_at + seconds, slowest)
 
-    def flush(self) -> None:
-        """Send what an earlier `send` did not wait for. Raises what `send` raises."""
-        with self._sending:
-            self._transmit(b"", wait=True)
+    def tend(self) -> None:
+        """Send what waits, receive what has come, and so answer pings; never wait."""
+        with self._lock:
+            self._move(not self._receiving)
+
+    def take(self) -> str | bytes | None:
+        """Return a message, or None until one has come and all that was sent is taken."""
+        with self._lock:
+            if self.protocol.inbox and not self.protocol.outbox:
+                return self.protocol.inbox.popleft()
+            return None
 
     def recv(self, eager: float = 0.0) -> str | bytes:
         """Wait for one whole message: str if it is text, bytes if it is binary.
-
-        For ``eager`` seconds the socket is polled before the thread goes to sleep: to wake
-        it takes longer than a short step, and its processor has then forgotten all.
 
         Raises:
             ConnectionClosed: the connection is over, by a Close frame (its code and reason),
                 by a fault (the code that was sent to the peer) or without a word (1006).
             TimeoutError: nothing whole came within the timeout.
         """
-        with self._receiving:
-            if self._inbox:
-                message = self._inbox.popleft()
-                self._held -= len(message) + _MESSAGE_COST
-                return message
-            self._received_at = time.monotonic()
-            deadline = self._received_at + (self._timeout or float("inf"))
+        deadline = _deadline(self.timeout)
+        self._receiving = True  # `tend` leaves it alone: it would take the wake-up
+        try:
             while True:
-                found = self._parse() if self._buffer or self._frame else None
-                if found is not None:
-                    if self._close_sent:  # it came too late
-                        continue
-                    return found
-                if self._received_at > deadline:  # bytes came, but nothing whole
-                    raise TimeoutError(f"no message within {self._timeout} s")
-                if not (eager and self._filled_within(eager)):
-                    self._fill()
-                eager = 0.0
-
-    @property
-    def kept(self) -> bool:
-        """Whether `tend` has kept a message: `recv` will not block."""
-        return bool(self._inbox)
-
-    @property
-    def unsent(self) -> bool:
-        """Whether the peer has not taken all that was sent: `flush` would wait for it."""
-        return bool(self._unsent)
-
-    @property
-    def idle(self) -> bool:
-        """Whether nothing has begun or waits: no message, no closing, in no direction."""
-        coming = self._inbox or self._buffer or self._frame or self._opcode
-        return not (coming or self._unsent or self._closed or self._close_sent)
-
-    @property
-    def ended(self) -> bool:
-        """Whether nothing more will come from the peer."""
-        return self._closed is not None
-
-    @property
-    def gone(self) -> bool:
-        """Whether the peer went away without a word, so that `close` waits for nothing."""
-        code = self._closed.code if self._closed else NORMAL
-        return code == ABNORMAL and not self._unsent
-
-    @property
-    def closing(self) -> bool:
-        """Whether a Close frame was sent, after which nothing else may be."""
-        return self._close_sent
-
-    def stalled(self, seconds: float, rate: float) -> bool:
-        """Whether the peer does not go on with what it has begun.
-
-        That is: for so many seconds not a byte of an unfinished message was sent or taken,
-        or a frame comes more slowly than ``rate`` bytes per second.
-        """
-        now, frame, since = time.monotonic(), self._frame, self._sending_since
-        if since is not None:
-            return now - since > seconds
-        if not self._receiving.locked() or not (self._buffer or frame or self._opcode):
-            return False
-        if frame and now - frame.at > seconds + frame.size / rate:
-            return True
-        return now - self._received_at > seconds
-
-    def tend(self, wait: bool = False) -> bool:
-        """Answer the control frames that have arrived, without blocking on the peer.
-
-        For the time in which the owner does something else than `recv`: data messages are
-        kept for it, and the result says whether there are any. While another thread
-        receives or sends, this does nothing, or with ``wait`` waits for that to end.
-        """
-        if not self._receiving.acquire(blocking=wait):
-            return False
-        try:
-            if self._sending.acquire(blocking=wait):
-                try:
-                    self._tend()
-                finally:
-                    self._sending.release()
-            return bool(self._inbox)
+                with self._lock:
+                    if self.protocol.inbox:
+                        return self.protocol.inbox.popleft()
+                    self._move(False)  # answers a Close that was behind a message
+                    if self.protocol.closed:
+                        raise ConnectionClosed(*self.protocol.closed.args)
+                if not self._wait(deadline, eager, receiving=True):
+                    raise TimeoutError(f"no message within {self.timeout} s")
+                with self._lock:
+                    self._move(True)
         finally:
-            self._receiving.release()
+            self._receiving = False
 
-    def _tend(self) -> None:
-        if self._closed:
-            return
-        self._tending = time.monotonic() + _TEND_SECONDS
-        try:
-            if not self._nowait:
-                self._sock.settimeout(0)
-            if self._unsent:
-                self._transmit(b"", wait=False)
-            more = True
-            while not (self._held > _HELD_LIMIT or self._must_wait):
-                message = self._parse() if self._buffer or self._frame else None
-                if message is None:
-                    late = time.monotonic() > self._tending
-                    if late or not more or self._must_wait:
-                        break
-                    more = self._fill(self._nowait)
-                else:
-                    self._inbox.append(message)
-                    self._held += len(message) + _MESSAGE_COST
-        except (ConnectionClosed, TimeoutError):
-            pass  # nothing more has arrived; or the next send or recv will say what ended
-        finally:
-            if not self._nowait and not self._closed:
-                self._sock.settimeout(self._timeout)
-            self._tending = 0.0
+    def send(self, message: str | bytes, wait: bool = True) -> None:
+        """Send one whole message, and by default wait until the kernel has taken it.
 
-    @property
-    def _must_wait(self) -> bool:
-        """Whether `tend` can do no more for now."""
-        return bool(self._unsent) or self._close_can_wait
-
-    @property
-    def _close_can_wait(self) -> bool:
-        """Whether a Close frame is next that a server busy with a step does not obey yet:
-        what was asked before it is answered first (section 5.5.1).
+        Raises:
+            ConnectionClosed: the connection is over, or this end has begun to close it.
+            TimeoutError: it was not taken within the timeout; the connection is lost.
         """
-        frame = self._frame
-        return bool(
-            self._tending and not self._client and frame and frame.opcode == CLOSE
-        )
+        deadline = _deadline(self.timeout)
+        with self._lock:
+            self.protocol.send(message)
+            self._transmit()
+        while wait and self.protocol.outbox:
+            if not self._wait(deadline):
+                self.drop("the peer took no more")
+                raise TimeoutError(f"nothing was taken for {self.timeout} s")
+            self.tend()
 
-    # -- frames in ----------------------------------------------------------
-
-    def _fill(self, flags: int = 0) -> bool:
-        """Receive what there is, at least a byte, into the buffer; return if there may be more."""
-        if self._closed:
-            raise self._ended()
-        expected = self._frame.left if self._frame else 0
-        size = min(max(expected, _RECV_SIZE), _LARGE_RECV_SIZE)
-        try:
-            data = self._sock.recv(size, flags)
-        except _WOULD_BLOCK:
-            raise TimeoutError(f"no message within {self._timeout} s") from None
-        except OSError as error:
-            raise self._end(ABNORMAL, f"the connection broke: {error}") from error
-        if not data:
-            raise self._end(ABNORMAL, "the peer went away without a Close frame")
-        self._received_at = time.monotonic()
-        self._buffer += data
-        return len(data) == size or not self._nowait  # TLS hands out record by record
-
-    def _filled_within(self, seconds: float) -> bool:
-        """Poll for bytes for so long; return whether any came."""
-        until = time.monotonic() + seconds
-        while self._nowait and time.monotonic() < until:
-            try:
-                self._fill(self._nowait)
-                return True
-            except TimeoutError:
-                pass  # not yet
-        return False
-
-    def _parse(self) -> str | bytes | None:
-        """Take the next whole message out of the buffer; answer control frames on the way."""
-        try:
-            text = self._parse_plain_text()
-            return self._parse_frames() if text is None else text
-        except _Fault as fault:
-            self.begin_close(fault.code, str(fault))
-            raise self._end(fault.code, str(fault)) from None
-
-    def _parse_plain_text(self) -> str | None:
-        """Take the message if the buffer holds one whole text frame and nothing else.
-
-        It mostly does. `_parse_frames` would read that too, but in three times the time;
-        it reads all else, and says what is wrong.
-        """
-        buffer = self._buffer
-        if len(buffer) < 6 or self._frame or self._opcode or self._trace:
-            return None
-        # What a client sends is masked: that bit must be set, and the key is there.
-        length, start = (buffer[1], 2) if self._client else (buffer[1] ^ 0x80, 6)
-        shortest = length < 126
-        if length == 126:
-            length, start = int.from_bytes(buffer[2:4], "big"), start + 2
-            shortest = length >= 126
-        plain = buffer[0] == 0x80 | TEXT and shortest and length <= self._max_size
-        if not plain or len(buffer) != start + length:
-            return None
-        data: bytes | bytearray = buffer[start:]
-        try:
-            if not self._client:
-                data = apply_mask(data, buffer[start - 4 : start])
-            text = data.decode()
-        except UnicodeDecodeError:
-            return None
-        buffer.clear()
-        return text
-
-    def _parse_frames(self) -> str | bytes | None:
-        while not self._closed:
-            frame = self._frame or self._parse_header()
-            if frame is None:
-                return None
-            self._frame = frame
-            if frame.opcode >= CLOSE:
-                if len(self._buffer) < frame.left or self._close_can_wait:
-                    return None
-                self._frame = None
-                self._control(frame, bytes(self._take(frame, frame.left)))
-                if self._unsent or self._tending and time.monotonic() > self._tending:
-                    return None  # another call of `tend` goes on
-                continue
-            data = self._take(frame, min(frame.left, len(self._buffer)))
-            whole = frame.fin and not frame.left
-            if self._opcode == TEXT:
-                self._check_text(data, whole)
-            if self._message or not isinstance(data, bytearray):
-                self._message += data
-            else:  # of a large message the first part is not copied
-                self._message = data
-            if frame.left:
-                return None
-            self._frame = None
-            if whole:
-                data, self._message = self._message, bytearray()
-                message = data.decode() if self._opcode == TEXT else bytes(data)
-                self._opcode = self._size = 0
-                return message
-        return None
-
-    def _parse_header(self) -> _Frame | None:
-        """Take a frame header off the buffer, if it is there whole (section 5.2).
-
-        bit  0    1-3   4-7     8     9-15
-           +----+-----+--------+------+---------+------------------+-----------------+
-           |FIN | RSV | opcode | MASK | length  | extended length  | masking key     |
-           |    |     |        |      | (7 bit) | (16 or 64 bit, if| (32 bit,        |
-           |    |     |        |      |         | length is 126,127| if MASK is set) |
-           +----+-----+--------+------+---------+------------------+-----------------+
-        """
-        buffer = self._buffer
-        if len(buffer) < 2:
-            return None
-        fin, opcode = bool(buffer[0] & 0x80), buffer[0] & 0x0F
-        masked, length = bool(buffer[1] & 0x80), buffer[1] & 0x7F
-        if buffer[0] & 0x70:
-            raise _Fault(
-                PROTOCOL_ERROR, "a reserved bit is set, and no extension was agreed on"
-            )
-        if opcode not in OPCODE_NAMES:
-            raise _Fault(PROTOCOL_ERROR, f"reserved opcode {opcode:#x}")
-        if masked == self._client:
-            raise _Fault(
-                PROTOCOL_ERROR, "frames are masked from client to server, only then"
-            )
-        if opcode >= CLOSE and (length > 125 or not fin):
-            raise _Fault(
-                PROTOCOL_ERROR, "a control frame has one part and up to 125 bytes"
-            )
-        if opcode == CONTINUATION and not self._opcode:
-            raise _Fault(
-                PROTOCOL_ERROR, "a continuation frame, but no message to continue"
-            )
-        if opcode in (TEXT, BINARY) and self._opcode:
-            raise _Fault(PROTOCOL_ERROR, "a new message inside an unfinished one")
-        extended = {126: 2, 127: 8}.get(length, 0)
-        end = 2 + extended + (4 if masked else 0)
-        if len(buffer) < end:
-            return None
-        if extended:
-            length = int.from_bytes(buffer[2 : 2 + extended], "big")
-            if length < (126 if extended == 2 else 1 << 16) or length >> 63:
-                raise _Fault(PROTOCOL_ERROR, "the length is not in its shortest form")
-        if opcode < CLOSE:
-            self._size += length
-            if self._size > self._max_size:
-                raise _Fault(
-                    MESSAGE_TOO_BIG, f"the limit is {self._max_size} bytes a message"
-                )
-            self._opcode = opcode or self._opcode
-        key = bytes(buffer[end - 4 : end]) if masked else b""
-        del buffer[:end]
-        return _Frame(fin, opcode, key, length)
-
-    def _take(self, frame: _Frame, size: int) -> bytes | bytearray:
-        """Take ``size`` payload bytes of ``frame`` off the buffer, unmasked."""
-        data: bytes | bytearray = self._buffer
-        if size < len(data):
-            data = data[:size]
-            del self._buffer[:size]
-        else:  # of a large frame there is mostly nothing else: it need not be copied
-            self._buffer = bytearray()
-        frame.left -= size
-        if frame.key:
-            data = apply_mask(data, frame.key)
-            turn = size % 4  # the next byte of the payload meets this byte of the key
-            frame.key = frame.key[turn:] + frame.key[:turn]
-        if self._trace:
-            self._traced += data
-            if not frame.left:
-                masked, shown = bool(frame.key), bytes(self._traced)
-                self._traced.clear()
-                _trace_frame(self._trace, "<-", frame.fin, frame.opcode, masked, shown)
-        return data
-
-    def _check_text(self, data: bytes | bytearray, final: bool) -> None:
-        """Find invalid UTF-8 at its first byte, not at the message's end (section 8.1)."""
-        if data.isascii() and not self._decoder.getstate()[0]:
-            return
-        try:
-            self._decoder.decode(data, final)
-        except UnicodeDecodeError:
-            raise _Fault(INVALID_DATA, "the text is not valid UTF-8") from None
-        pending = b"" if final else self._decoder.getstate()[0]
-        if pending[:1] == b"\xed" and pending[1:] >= b"\xa0":
-            # Half a surrogate: no third byte makes it valid, but the codec waits for it.
-            raise _Fault(INVALID_DATA, "the text is not valid UTF-8")
-
-    def _control(self, frame: _Frame, payload: bytes) -> None:
-        """Obey a control frame (section 5.5). A Pong asks for nothing."""
-        if frame.opcode == PING and not self._close_sent:
-            self._send_frame(PONG, payload)
-        elif frame.opcode == CLOSE:
-            code, reason = _parse_close(payload)
-            self._close_received = True
-            self.begin_close(code)
-            raise self._end(code, reason)
-
-    def _end(self, code: int, reason: str) -> ConnectionClosed:
-        self._closed = self._closed or ConnectionClosed(code, reason)
-        self._buffer.clear()
-        return self._ended()
-
-    def _ended(self) -> ConnectionClosed:
-        """A fresh exception for each caller, since raising one writes into it."""
-        if self._closed is None:
-            return ConnectionClosed(ABNORMAL, "this end has begun to close it")
-        return ConnectionClosed(self._closed.code, self._closed.reason)
-
-    # -- frames out ---------------------------------------------------------
-
-    def frame(self, opcode: int, payload: bytes) -> bytes:
-        """Return the bytes of one final frame; see `_parse_header` for the layout."""
-        return b"".join(self._frame_parts(opcode, payload))
-
-    def _frame_parts(
-        self, opcode: int, payload: bytes
-    ) -> tuple[bytes, bytes | bytearray]:
-        """Return the head of a frame and its payload, masked if this is a client."""
-        size = len(payload)
-        mask = 0x80 if self._client else 0
-        if size < 126:
-            head = struct.pack("!BB", 0x80 | opcode, mask | size)
-        elif size < 1 << 16:
-            head = struct.pack("!BBH", 0x80 | opcode, mask | 126, size)
-        else:
-            head = struct.pack("!BBQ", 0x80 | opcode, mask | 127, size)
-        if not self._client:
-            return head, payload
-        key = os.urandom(4)  # unpredictable, to protect proxies (section 10.3)
-        return head + key, apply_mask(payload, key)
-
-    def _send_frame(self, opcode: int, payload: bytes, wait: bool = True) -> None:
-        head, data = self._frame_parts(opcode, payload)
-        with self._sending:
-            if self._closed or self._close_sent:
-                raise self._ended()
-            self._close_sent = opcode == CLOSE  # the last frame of all (section 5.5.1)
-            if self._trace:
-                _trace_frame(self._trace, "->", True, opcode, self._client, payload)
-            wait = wait and not self._tending and opcode != CLOSE
-            if len(data) > _BLOCK_SIZE:  # not copied, and the head wakes the peer
-                self._transmit(head, wait)
-                self._transmit(memoryview(data), wait)
-            else:  # in one packet
-                self._transmit(head + data, wait)
-
-    def _transmit(self, frame: bytes | memoryview, wait: bool) -> None:
-        """Hand a frame to the kernel, in one call if it is not a huge one."""
-        if self._unsent:
-            frame, self._unsent = b"".join((self._unsent, frame)), b""
-        try:
-            if not wait:
-                self._unsent = frame
-                self._unsent = frame[self._sock.send(frame, self._nowait) :]
-                return
-            for start in range(0, len(frame), _BLOCK_SIZE):
-                self._sending_since = time.monotonic()
-                self._sock.sendall(frame[start : start + _BLOCK_SIZE])
-            self._sending_since = None
-        except _WOULD_BLOCK:
-            if wait:  # part of a frame is out, and nothing may follow it but the rest
-                self._end(ABNORMAL, "the peer took no more")
-                raise TimeoutError(f"nothing was taken for {self._timeout} s") from None
-        except OSError as error:
-            raise self._end(ABNORMAL, f"the connection broke: {error}") from error
-
-    # -- the end ------------------------------------------------------------
-
-    def begin_close(self, code: int = NORMAL, reason: str = "") -> None:
+    def start_closing(self, code: int = NORMAL, reason: str = "") -> None:
         """Send a Close frame, unless one was sent, and do not wait for the peer's."""
-        body = b""  # what NO_STATUS stands for
-        if code not in (NO_STATUS, ABNORMAL):
-            text = reason.encode()[:123].decode(errors="ignore")
-            body = struct.pack("!H", code) + text.encode()
-        if not self._sending.acquire(blocking=False):
-            return  # a peer that does not take what is being sent would not take this
-        try:
-            self._send_frame(CLOSE, body)
-        except ConnectionClosed:
-            pass  # there is nothing left to close
-        finally:
-            self._sending.release()
+        with self._lock:
+            self.protocol.close(code, reason)
+            self._move(False)
 
     def close(self, code: int = NORMAL, reason: str = "", timeout: float = 2.0) -> None:
-        """Do the closing handshake (section 7.1.2), then close the TCP connection.
+        """Do the closing handshake (section 7.1.2), then close the TCP connection, which
+        the server does first (7.1.1), within ``timeout`` seconds. Closing twice is fine.
 
-        The server closes it first (section 7.1.1); what the peer still sends is read and
-        dropped, since a socket that is closed with unread bytes in it resets the
-        connection, and the peer might lose the Close frame. All this takes at most
-        ``timeout`` seconds. Closing twice is fine.
+        What the peer still sends is read and dropped: to close a socket with unread bytes
+        resets the connection, and the peer might lose the Close frame.
         """
-        self.begin_close(code, reason)
-        deadline = time.monotonic() + timeout
-        with self._receiving:
-            self.begin_close(code, reason)  # if `tend` was in the way of the other
-            try:
-                while time.monotonic() < deadline:  # until the peer's Close frame
-                    while self._parse() is not None:
-                        pass  # it came too late
-                    self._sock.settimeout(max(deadline - time.monotonic(), 0.001))
-                    self._fill()
-            except OSError:
-                pass  # it came, or never will
-            if self._close_received and not self._client:
-                self._sock.close()  # the peer sends nothing more, so there is none to lose
-            else:
-                linger(self._sock, deadline, first=not self._client)
-            self._end(ABNORMAL, "this end has closed it")
-
-    def detach(self) -> socket.socket:
-        """Give the socket away, for a caller that frames by himself."""
-        return self._sock
-
-    def drop(self) -> None:
-        """Close the socket at once, without a word."""
-        self._end(ABNORMAL, "this end has dropped it")
-        self._sock.close()
-
-
-# Windows has no such flag; there, a peer that takes nothing can delay a Close frame.
-_MSG_DONTWAIT: int = getattr(socket, "MSG_DONTWAIT", 0)
-_WOULD_BLOCK = (
-    BlockingIOError,
-    socket.timeout,
-    ssl.SSLWantReadError,
-    ssl.SSLWantWriteError,
-)
-
-
-def linger(sock: socket.socket, deadline: float, first: bool) -> None:
-    """Close ``sock`` so that the peer gets all that was sent, by ``deadline`` at the latest.
-
-    With ``first`` this end closes first. Then the peer's bytes are dropped until it closes.
-    """
-    try:
-        if first:
-            sock.shutdown(socket.SHUT_WR)
-        while time.monotonic() < deadline:
-            sock.settimeout(max(deadline - time.monotonic(), 0.001))
-            if not sock.recv(_BLOCK_SIZE):
+        deadline = _deadline(timeout)
+        self.start_closing(code, reason)
+        while not self.at_end:
+            if self.protocol.closed and not self.protocol.client:
+                self.end()
+            if not self._wait(deadline):
                 break
-    except OSError:
-        pass  # the peer is gone, or in no hurry
-    sock.close()
+            self.tend()
+        self.drop("this end has closed it")
+
+    def end(self) -> None:
+        """End this direction, once all is sent: also if a forked child holds the socket."""
+        if not self.protocol.outbox:
+            with contextlib.suppress(OSError):  # the peer is gone
+                self.sock.shutdown(socket.SHUT_WR)
+
+    def drop(self, reason: str = "this end has dropped it") -> None:
+        """Close the socket at once, without a word; what came and nobody took is lost."""
+        with self._lock:
+            self.protocol.inbox.clear()
+            self._lose(reason)
+            with contextlib.suppress(OSError):  # it is over already
+                self.sock.shutdown(socket.SHUT_RDWR)
+            self.sock.close()
+
+    def _lose(self, reason: str) -> None:
+        self.at_end = True
+        self.protocol.outbox.clear()
+        self.protocol.receive_eof(reason)
+
+    def _move(self, read: bool) -> None:
+        """Send what waits, receive once, and send what answers that; with the lock."""
+        try:
+            self._transmit()
+            if read and not self.at_end and not self.full:
+                self._receive()
+            self.protocol.settle()
+            self._transmit()
+        except BaseException:  # of a trace, or for want of memory: bytes may be missing
+            self._lose("this end has failed")
+            raise
+
+    def _transmit(self) -> None:
+        """Give the kernel as much of the outbox as it takes."""
+        outbox = self.protocol.outbox
+        if not outbox:
+            return
+        try:
+            del outbox[: self.sock.send(outbox)]
+            self._sent_at = time.monotonic()
+        except _WOULD_BLOCK:
+            pass
+        except OSError:  # what the peer sent before it went is still to be read
+            outbox.clear()
+
+    def _receive(self) -> None:
+        """Give the protocol what has come, one read of it."""
+        protocol = self.protocol
+        messages, unfinished = len(protocol.inbox), protocol.unfinished
+        try:
+            data = self.sock.recv(max(_READ, min(protocol.expected, _LARGE_READ)))
+        except _WOULD_BLOCK:
+            return
+        except OSError as error:
+            if not protocol.client:
+                protocol.inbox.clear()  # no answer can reach the peer
+            return self._lose(f"the connection broke: {error}")
+        if not data:
+            self.at_end = True
+            return protocol.receive_eof()
+        protocol.receive(data)
+        self._received_at = time.monotonic()
+        if not unfinished or len(protocol.inbox) > messages:
+            self._began, self._got = self._received_at, 0
+        self._got += len(data)
+
+    def _wait(
+        self, deadline: float, eager: float = 0.0, receiving: bool = False
+    ) -> bool:
+        """Wait until bytes can be moved; return False if that takes too long."""
+        sock, write, now = self.sock, bool(self.protocol.outbox), time.monotonic()
+        reads = receiving or not self._receiving  # else another thread does, in `recv`
+        read = not write or reads and not self.full
+        if now >= deadline:
+            return False
+        if self.at_end and not write:
+            return True  # there is nothing to wait for
+        if read and hasattr(sock, "pending") and sock.pending():
+            return True  # TLS holds bytes already
+        left = min(deadline - now, 60.0)
+        if not hasattr(select, "poll"):  # Windows
+            select.select([sock] if read else [], [sock] if write else [], [], left)
+            return True
+        poll = select.poll()
+        poll.register(sock, select.POLLIN * read | select.POLLOUT * write)
+        while time.monotonic() < now + eager:
+            if poll.poll(0):
+                return True
+        poll.poll(left * 1000)
+        return True
 
 
-def _set_timeout(sock: socket.socket, seconds: float | None) -> None:
-    """Bound each wait for the peer.
-
-    The kernel's own timeout costs nothing; `socket.settimeout` costs a system call for
-    each send and recv, but works with TLS and on Windows too.
-    """
-    if seconds is None or isinstance(sock, ssl.SSLSocket) or sys.platform == "win32":
-        sock.settimeout(seconds)
-        return
-    sock.settimeout(None)
-    timeval = struct.pack("@ll", int(seconds), int(seconds % 1 * 1_000_000) or 1)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval)
-
-
-def _parse_close(payload: bytes) -> tuple[int, str]:
-    """Return the code and reason in the payload of a Close frame (sections 5.5.1, 7.4)."""
-    if not payload:
-        return NO_STATUS, ""
-    if len(payload) == 1:
-        raise _Fault(PROTOCOL_ERROR, "a Close frame has no body or at least two bytes")
-    code = int.from_bytes(payload[:2], "big")
-    if not (1000 <= code <= 1003 or 1007 <= code <= 1014 or 3000 <= code <= 4999):
-        raise _Fault(PROTOCOL_ERROR, f"{code} is not a status code that may be sent")
-    try:
-        return code, payload[2:].decode()
-    except UnicodeDecodeError:
-        raise _Fault(
-            INVALID_DATA, "the reason for closing is not valid UTF-8"
-        ) from None
+def _deadline(seconds: float | None) -> float:
+    return time.monotonic() + (float("inf") if seconds is None else seconds)
 
 
 # -- the opening handshake, client side (the server's is in server.py) --------
@@ -776,134 +633,122 @@ def _parse_close(payload: bytes) -> tuple[int, str]:
 def split_url(url: str) -> tuple[bool, str, int, str]:
     """Split a base URL into (secure, host, port, path), the path without a trailing slash.
 
-    Takes ``http://``, ``https://``, ``ws://``, ``wss://`` and bare ``host:port``.
+    Takes ``http://``, ``https://``, ``ws://``, ``wss://`` and bare ``host:port``. An address
+    that a server listens on, such as 0.0.0.0, means this machine.
 
     Raises:
         ValueError: it is no such URL.
     """
     parts = urlsplit(url if "://" in url else f"http://{url}")
     if parts.scheme not in ("http", "https", "ws", "wss") or not parts.hostname:
-        raise ValueError(
-            f"{url!r} is no URL of a server: use http://host:port or ws://host:port"
-        )
+        right = "use http://host:port or ws://host:port"
+        raise ValueError(f"{url!r} is no URL of a server: {right}")
+    if "@" in parts.netloc:
+        raise ValueError("no user:password@ in a URL: use headers={'Authorization': …}")
+    if parts.query or parts.fragment:
+        raise ValueError(f"a base URL has no query and no fragment: {url!r}")
     secure = parts.scheme in ("https", "wss")
+    if secure and not hasattr(http.client, "HTTPSConnection"):
+        raise ValueError(f"this Python has no ssl module, which {url!r} needs")
     path = quote(parts.path.rstrip("/"), safe="/%:@!$&'()*+,;=~")
-    return secure, parts.hostname, parts.port or (443 if secure else 80), path
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(parts.hostname, parts.hostname)
+    if not host.isascii():
+        host = host.encode("idna").decode()  # bücher.example: xn--bcher-kva.example
+    return secure, host, parts.port or (443 if secure else 80), path
 
 
-def _handshake_request(
-    secure: bool, host: str, port: int, path: str, key: str, headers: Mapping[str, str]
-) -> bytes:
-    name = f"[{host}]" if ":" in host else host
-    authority = name if port == (443 if secure else 80) else f"{name}:{port}"
-    ours = {
-        "Host": authority,
-        "Upgrade": "websocket",
-        "Connection": "Upgrade",
-        "Sec-WebSocket-Key": key,
-        "Sec-WebSocket-Version": "13",
-    }
-    given = {name.lower() for name in headers}
-    fields = {k: v for k, v in ours.items() if k.lower() not in given}
-    fields.update(headers)
-    _refuse_control_characters(fields)
-    lines = [f"GET {path or '/'} HTTP/1.1", *(f"{k}: {v}" for k, v in fields.items())]
-    return "\r\n".join([*lines, "", ""]).encode("latin-1")
-
-
-def _refuse_control_characters(headers: Mapping[str, str]) -> None:
+def _check_headers(headers: Headers) -> Headers:
+    """Raise ValueError if one cannot be sent; its value may be a secret."""
     for name, value in headers.items():
-        if not f"{name}{value}".isprintable():
-            raise ValueError(
-                f"the header {name!r} holds a control character: {value!r}"
-            )
+        if re.search(r"[^ -~\xa1-\xac\xae-\xff]", f"{name}{value}"):
+            raise ValueError(f"header {name!r} holds a character that headers cannot")
+    return headers
 
 
-def _read_handshake(
-    sock: socket.socket, key: str, deadline: float, trace: Trace | None
-) -> bytes:
-    """Check the server's answer (section 4.1) and return the bytes that followed it."""
-    data = b""
-    while b"\r\n\r\n" not in data:
-        chunk = _recv_until(sock, deadline) if len(data) <= _HEAD_LIMIT else b""
-        if not chunk:
-            raise ConnectionError("the answer is no HTTP: is this a WebSocket server?")
-        data += chunk
-    head, early = data.split(b"\r\n\r\n", 1)
-    if trace:
-        _trace_text(trace, "<-", head)
-    status, *lines = head.decode("latin-1").split("\r\n")
-    fields: dict[str, str] = {}
-    for line in lines:
-        name, _, value = line.partition(":")
-        name = name.lower()
-        fields[name] = (
-            f"{fields[name]}, {value.strip()}" if name in fields else value.strip()
-        )
-    if status.split(" ")[:2] != ["HTTP/1.1", "101"]:
-        raise ConnectionError(
-            f"the server refused: {status}{_refusal(sock, early, deadline)}"
-        )
-    if fields.get("upgrade", "").lower() != "websocket":
-        raise ConnectionError("the answer has no 'Upgrade: websocket'")
-    if "upgrade" not in [
-        token.strip() for token in fields.get("connection", "").lower().split(",")
-    ]:
-        raise ConnectionError("the answer has no 'Connection: Upgrade'")
-    if fields.get("sec-websocket-accept") != accept_key(key):
-        raise ConnectionError("the answer has a wrong Sec-WebSocket-Accept")
-    if "sec-websocket-extensions" in fields or "sec-websocket-protocol" in fields:
-        raise ConnectionError(
-            "the answer accepts an extension or subprotocol nobody offered"
-        )
-    return early
+def _shake_hands(connection: Any, path: str, headers: Headers) -> None:
+    """Send the request and check the answer (section 4.1); raise if they do not agree."""
+    key = b64encode(os.urandom(16)).decode()
+    ours = {"Upgrade": "websocket", "Connection": "Upgrade", "Sec-WebSocket-Key": key}
+    no_host = "host" in {name.lower() for name in headers}  # for there is one already
+    connection.putrequest("GET", path, no_host, skip_accept_encoding=True)
+    for name, value in {**ours, "Sec-WebSocket-Version": "13", **headers}.items():
+        connection.putheader(name, value)
+    connection.endheaders()
+    with connection.getresponse() as answer:
+        header = answer.getheader
+        tokens = re.split(r"[\s,]+", header("connection", "").lower())
+        upgrade = header("upgrade", "").lower()
+        if answer.status != 101:
+            raise ConnectionError(_refusal(answer))
+        if upgrade != "websocket" or "upgrade" not in tokens or answer.will_close:
+            raise ConnectionError("no 'Upgrade: websocket' and 'Connection: Upgrade'")
+        if header("sec-websocket-accept") != accept_key(key):
+            raise ConnectionError("the answer has a wrong Sec-WebSocket-Accept")
+        if any(header(f"sec-websocket-{name}") for name in ("extensions", "protocol")):
+            raise ConnectionError("it takes an extension or subprotocol nobody offered")
 
 
-def _recv_until(sock: socket.socket, deadline: float) -> bytes:
-    sock.settimeout(max(deadline - time.monotonic(), 0.001))
-    return sock.recv(_RECV_SIZE)
+def _refusal(answer: Any) -> str:
+    """Say why a server refused, in its own words if they come within a second."""
+    words = f"the server refused: HTTP/1.1 {answer.status} {answer.reason}"
+    answer.fp.deadline = min(answer.fp.deadline, _deadline(1.0))
+    answer.fp = io.BufferedReader(answer.fp)
+    with contextlib.suppress(OSError, http.client.HTTPException):
+        words += f": {_server_error(answer.status, answer.read()).message}"
+    return words
 
 
-def _refusal(sock: socket.socket, body: bytes, deadline: float) -> str:
-    """The sentence in the JSON body of a refused handshake, or nothing."""
-    try:
-        while len(body) < _HEAD_LIMIT:
-            try:
-                return f": {json.loads(body)['detail']}"
-            except ValueError:
-                chunk = _recv_until(sock, min(deadline, time.monotonic() + 1))
-            if not chunk:
-                break
-            body += chunk
-    except (OSError, KeyError, TypeError, RecursionError):
-        pass  # it has no such sentence
-    return ""
+def _bounded(base: Any, trace: Trace | None, buffered: bool = True) -> Any:
+    """A class of HTTP connections that shows what crosses the wire, and whose timeout is
+    for all of an answer and not for each packet of it. Unless ``buffered``, what follows
+    the head of an answer stays in the socket.
+    """
+
+    class Connection(base):  # type: ignore[misc]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.deadline = _deadline(self.timeout)
+
+        def send(self, data: bytes) -> None:
+            if trace:
+                for line in data.decode("latin-1").rstrip().split("\r\n"):
+                    trace(f"-> {_shorten(line)}")
+            super().send(data)
+
+        def response_class(self, sock: Any, **kwargs: Any) -> http.client.HTTPResponse:
+            answer = http.client.HTTPResponse(sock, **kwargs)
+            raw: Any = _Bounded(sock, self.deadline, answer.fp)
+            answer.fp = io.BufferedReader(raw) if buffered else raw
+            return answer
+
+        def getresponse(self) -> http.client.HTTPResponse:
+            answer: http.client.HTTPResponse = super().getresponse()
+            if trace:
+                trace(f"<- HTTP/1.1 {answer.status} {answer.reason}")
+                for name, value in answer.headers.items():
+                    trace(f"<- {name}: {value}")
+            return answer
+
+    return Connection
 
 
-# -- what a trace shows --------------------------------------------------------
+class _Bounded(io.RawIOBase):
+    """Reads a socket until a deadline, however slowly the bytes come."""
 
+    def __init__(self, sock: socket.socket, deadline: float, file: Any) -> None:
+        self._sock, self.deadline = sock, deadline
+        self._file = file  # http.client's own, which holds the socket open
 
-def _shorten(text: str) -> str:
-    return text if len(text) <= 160 else f"{text[:160]}... ({len(text)} in all)"
+    def readable(self) -> bool:
+        return True
 
+    def readinto(self, buffer: Any) -> int:
+        self._sock.settimeout(max(self.deadline - time.monotonic(), 0.001))
+        return self._sock.recv_into(buffer)
 
-def _trace_text(trace: Trace, arrow: str, head: bytes) -> None:
-    for line in head.decode("latin-1").rstrip("\r\n").split("\r\n"):
-        trace(f"{arrow} {line}")
-
-
-def _trace_frame(
-    trace: Trace, arrow: str, fin: bool, opcode: int, masked: bool, payload: bytes
-) -> None:
-    if opcode == CLOSE and len(payload) >= 2:
-        code = int.from_bytes(payload[:2], "big")
-        text = f"{code} {payload[2:].decode(errors='replace')}".rstrip()
-    elif opcode in (TEXT, CONTINUATION):
-        text = payload.decode(errors="replace")
-    else:
-        text = payload.hex(" ")
-    bits = f"FIN={fin:d} opcode={opcode:#x} ({OPCODE_NAMES[opcode]}) MASK={masked:d}"
-    trace(f"{arrow} {bits} length={len(payload)}  {_shorten(text)}".rstrip())
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 # ---------------------------------------------------------------------------
@@ -912,115 +757,284 @@ def _trace_frame(
 
 
 def to_json(value: Any) -> Any:
-    """Turn what json does not know into what it does: a dataclass into a dict of its fields.
+    """Turn what json does not know into what it does: a dataclass into a dict of its fields,
+    and an array or number of numpy, or whatever has ``tolist()``, into what that returns.
 
     Raises:
         TypeError: it has no JSON form.
     """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {name: getattr(value, name) for name in _field_names(type(value))}
+        return {name: getattr(value, name) for name in fields_of(type(value))}
     if isinstance(value, Enum):
         return value.value
     if isinstance(value, (set, frozenset)):
         return list(value)
+    if hasattr(value, "tolist"):
+        return value.tolist()
     raise TypeError(f"{type(value).__name__} has no JSON form")
 
 
+def _finite(text: str) -> float:
+    if abs(float(text)) < float("inf"):
+        return float(text)
+    words = "is too large for a float" if text[-1].isdigit() else "is not JSON"
+    raise ValueError(f"{text[:20]} {words}")
+
+
 # NaN and infinity are not JSON, and lone surrogates are not UTF-8: the first are an error,
-# the second are escaped.
-encode_json = json.JSONEncoder(
-    allow_nan=False, separators=(",", ":"), default=to_json
-).encode
+# the second are escaped. What is decoded can be encoded again.
+_encoder = json.JSONEncoder(allow_nan=False, separators=(",", ":"), default=to_json)
+encode_json = _encoder.encode
+decode_json = json.JSONDecoder(parse_float=_finite, parse_constant=_finite).decode
+
+Loc = tuple[Any, ...]  # of str and int: the path to a value
 
 
-def _no_json(text: str) -> float:
-    raise ValueError(f"{text} is not JSON")
+def describe_fault(kind: str, msg: str, loc: Loc, value: Any) -> JSON:
+    """Describe what is wrong with a value, as pydantic and OpenEnv do."""
+    return {"type": kind, "loc": list(loc), "msg": msg, "input": value}
 
 
-_decode_json = json.JSONDecoder(parse_constant=_no_json).decode
+class Invalid(ValueError):
+    """A value does not fit its type. ``faults`` lists each ``type, loc, msg, input``."""
+
+    def __init__(self, faults: list[JSON]) -> None:
+        super().__init__(faults)
+        self.faults = faults
+
+    def __str__(self) -> str:
+        words = [f"{'.'.join(map(str, f['loc']))}: {f['msg']}" for f in self.faults]
+        return "; ".join(words[:10])
 
 
-@cache
-def _field_names(cls: type) -> list[str]:
-    return [f.name for f in dataclasses.fields(cls)]
+# The keywords of JSON Schema that are checked | what is measured | how | fault | message.
+BOUNDS = {
+    "minimum": ("number", "ge", "greater_than_equal", "greater than or equal to {}"),
+    "exclusiveMinimum": ("number", "gt", "greater_than", "greater than {}"),
+    "maximum": ("number", "le", "less_than_equal", "less than or equal to {}"),
+    "exclusiveMaximum": ("number", "lt", "less_than", "less than {}"),
+    "minLength": ("str", "ge", "string_too_short", "at least {} characters long"),
+    "maxLength": ("str", "le", "string_too_long", "at most {} characters long"),
+    "minItems": ("list", "ge", "too_short", "a list of at least {} items"),
+    "maxItems": ("list", "le", "too_long", "a list of at most {} items"),
+}
+# The types that JSON has: the fault of a value of another type, and its message.
+_PLAIN = {
+    str: ("string_type", "a valid string"),
+    int: ("int_type", "a valid integer"),
+    float: ("float_type", "a valid number"),
+    bool: ("bool_type", "a valid boolean"),
+    type(None): ("none_required", "null"),
+    dict: ("dict_type", "a valid dictionary"),
+    list: ("list_type", "a valid list"),
+}
 
 
-@cache
-def field_types(cls: type) -> dict[str, Any]:
-    """Return the type of each field of a dataclass, by name."""
-    hints = get_type_hints(cls)
-    return {f.name: hints[f.name] for f in dataclasses.fields(cls) if f.init}
+@dataclasses.dataclass(frozen=True)
+class Field:
+    """What is to be known of a field of a dataclass."""
+
+    type: Any
+    init: bool  # whether it is an argument of the constructor
+    required: bool
+    bounds: JSON  # the keywords of JSON Schema that are to be checked
 
 
-def from_json(kind: Any, value: Any) -> Any:
-    """Turn plain JSON into a value of the type ``kind``: what `to_json` did, undone.
-
-    Of a union the first member that fits is taken. Keys that are no field of a dataclass
-    are dropped, so that a newer peer may send more.
+@functools.cache
+def fields_of(cls: type) -> dict[str, Field]:
+    """Return the fields of a dataclass by name.
 
     Raises:
-        TypeError, ValueError: the value does not fit.
+        TypeError: the type of one cannot be found.
     """
-    return _reader(kind)(value)
+    fields = dataclasses.fields(cls)
+    try:
+        hints = typing.get_type_hints(cls)
+    except Exception as error:
+        name = re.search(r"'(\w+)'", str(error))
+        at = (f".{f.name}" for f in fields if name and name[1] in str(f.type))
+        words = f"the type of {cls.__name__}{next(at, '')} cannot be found: {error}"
+        raise TypeError(words) from error
+    known = {}
+    for f in fields:
+        bare = f.default is f.default_factory is dataclasses.MISSING
+        bounds = {k: bound for k, bound in f.metadata.items() if k in BOUNDS}
+        known[f.name] = Field(hints[f.name], f.init, f.init and bare, bounds)
+    return known
 
 
-@cache
-def _reader(kind: Any) -> Callable[[Any], Any]:
-    """Return the function that reads a type: its annotation is looked at once only."""
-    origin, arguments = get_origin(kind), get_args(kind)
-    if dataclasses.is_dataclass(kind):
-        return _dataclass_reader(kind)  # type: ignore[arg-type]
-    if isinstance(kind, type) and issubclass(kind, Enum):
-        return kind
-    if kind is float:
-        return lambda value: _a(float, float(value) if type(value) is int else value)
-    if kind is int:  # to JSON, 1 and 1.0 are one number
-        return lambda value: _a(
-            int, int(value) if type(value) is float and value.is_integer() else value
-        )
-    if kind in (str, bool, type(None), dict, list):
-        return partial(_a, kind)
-    items = [_reader(argument) for argument in arguments if argument is not ...]
-    if origin is dict:
-        return lambda value: {k: items[1](v) for k, v in _a(dict, value).items()}
-    if origin is tuple and ... not in arguments:
-        return lambda value: tuple(read(v) for read, v in zip(items, _a(list, value)))
-    if origin in (list, tuple, set, frozenset):
-        return lambda value: origin(items[0](v) for v in _a(list, value))
-    if origin is Union or type(kind).__name__ == "UnionType":
-        return lambda value: _read_union(arguments, value)
-    return lambda value: value  # Any, Literal, and what cannot be told apart
+def split_type(kind: Any) -> tuple[Any, tuple[Any, ...]]:
+    """Return the origin and the arguments of a type; of a union the origin is Union."""
+    origin = typing.get_origin(kind) or kind
+    if origin is getattr(types, "UnionType", Union):
+        origin = Union
+    return origin, typing.get_args(kind)
 
 
-def _dataclass_reader(cls: type) -> Callable[[Any], Any]:
-    readers = {name: _reader(kind) for name, kind in field_types(cls).items()}
+def read_json(kind: Any, value: Any, loc: Loc = (), extra: bool = False) -> Any:
+    """Turn JSON into a value of the type ``kind``: what `to_json` did, undone.
 
-    def read(value: Any) -> Any:
-        fields = {}
-        for name, item in _a(dict, value).items():
-            if name in readers:
-                fields[name] = readers[name](item)
-        return cls(**fields)
+    The one walk over a type: what is checked is what is built. ``loc`` is the path to the
+    value. With ``extra`` the keys that are no field of a dataclass are dropped, so that a
+    newer peer may send more; else they are faults.
 
-    return read
-
-
-def _a(kind: type, value: Any) -> Any:
-    """Return ``value`` if it is of the type, precisely."""
-    if type(value) is not kind:
-        raise TypeError(f"{_shorten(repr(value))} is no {kind.__name__}")
-    return value
+    Raises:
+        Invalid: the value does not fit; every fault is listed.
+    """
+    walk = _Walk(extra)
+    return walk.result(walk.read(kind, value, loc))
 
 
-def _read_union(members: tuple[Any, ...], value: Any) -> Any:
-    if type(value) in members:
-        return value
-    for member in members:
+def read_fields(cls: type, value: Any, loc: Loc = ()) -> JSON:
+    """Read those fields of a dataclass that a JSON object has, and leave its other keys.
+
+    Raises:
+        Invalid: a field does not fit; every fault is listed.
+    """
+    walk = _Walk(extra=False)
+    read = walk.result(walk.read_fields(cls, value, loc, extra=True))
+    return {**value, **read}
+
+
+class _Walk:
+    """A walk over a type and a JSON value; once there are ``faults`` the result is void."""
+
+    def __init__(self, extra: bool) -> None:
+        self.faults: list[JSON] = []
+        self.loose = 0  # keys dropped and numbers converted: how badly the value fits
+        self._extra = extra
+
+    def result(self, read: T) -> T:
+        if self.faults:
+            raise Invalid(self.faults)
+        return read
+
+    def read(self, kind: Any, value: Any, loc: Loc) -> Any:
+        if kind is Any or type(value) is kind:
+            return value
+        if kind in _PLAIN:
+            return self._read_plain(kind, value, loc)
+        if dataclasses.is_dataclass(kind):
+            return self._read_dataclass(kind, value, loc)
+        if isinstance(kind, type) and issubclass(kind, Enum):
+            return self._read_choice({m: m.value for m in kind}, value, loc)
+        origin, arguments = split_type(kind)
+        if origin is Literal:
+            choices = {a: a.value if isinstance(a, Enum) else a for a in arguments}
+            return self._read_choice(choices, value, loc)
+        if origin is Union:
+            return self._read_union(arguments, value, loc)
+        if origin is dict:
+            items = arguments[1] if arguments else Any
+            found = self.read(dict, value, loc) or {}
+            return {k: self.read(items, v, (*loc, k)) for k, v in found.items()}
+        if origin in (list, tuple, set, frozenset):
+            return self._read_items(origin, arguments, value, loc)
+        return value  # a type that has no JSON Schema: servers refuse it
+
+    def _fault(self, kind: str, words: str, loc: Loc, value: Any) -> None:
+        self.faults.append(describe_fault(kind, words, loc, value))
+
+    def _read_plain(self, kind: type, value: Any, loc: Loc) -> Any:
+        """Read a value of another type than ``kind``: to JSON 1 and 1.0 are one number."""
+        number = type(value) in (int, float)
+        if kind is float and number and abs(value) <= sys.float_info.max:
+            self.loose += 1
+            return float(value)
+        if kind is int and number and value.is_integer():
+            self.loose += 1
+            return int(value)
+        name, words = _PLAIN[kind]
+        self._fault(name, f"Input should be {words}", loc, value)
+        return None
+
+    def _read_choice(self, choices: dict[Any, Any], value: Any, loc: Loc) -> Any:
+        for choice, form in choices.items():  # True is 1 to Python, not to JSON
+            if form == value and isinstance(form, bool) is isinstance(value, bool):
+                self.loose += type(form) is not type(value)
+                return choice
+        words = f"Input should be one of {encode_json(list(choices.values()))}"
+        self._fault("enum", words, loc, value)
+
+    def _read_union(self, members: tuple[Any, ...], value: Any, loc: Loc) -> Any:
+        """Read the member that fits exactly; else the one that fits best, or the first."""
+        walks = [_Walk(self._extra) for _ in members]
+        reads = [w.read(m, value, loc) for w, m in zip(walks, members)]
+        fitting = [pair for pair in zip(walks, reads) if not pair[0].faults]
+        if fitting:
+            best, read = min(fitting, key=lambda pair: pair[0].loose)
+            self.loose += best.loose
+            return read
+        for walk, member in zip(walks, members):
+            if member is not type(None):
+                self.faults += walk.faults
+
+    def _read_items(self, origin: Any, kinds: Loc, value: Any, loc: Loc) -> Any:
+        found = self.read(list, value, loc) or []
+        if origin is tuple and kinds and kinds[-1] is not ...:
+            if type(value) is list and len(found) != len(kinds):
+                name = "too_short" if len(found) < len(kinds) else "too_long"
+                words = f"Input should be a list of {len(kinds)} items"
+                self._fault(name, words, loc, value)
+        else:
+            kinds = (kinds[0] if kinds else Any,) * len(found)
+        pairs = enumerate(zip(kinds, found))
+        items = [self.read(kind, item, (*loc, i)) for i, (kind, item) in pairs]
         try:
-            return from_json(member, value)
-        except (TypeError, ValueError):
-            continue
-    raise TypeError(f"{_shorten(repr(value))} is none of {members}")
+            return origin(items)
+        except TypeError as error:  # a set of what cannot be in one
+            self._fault("value_error", str(error), loc, value)
+
+    def _read_dataclass(self, cls: Any, value: Any, loc: Loc) -> Any:
+        before = len(self.faults)
+        read = self.read_fields(cls, value, loc, self._extra)
+        if len(self.faults) > before:
+            return None
+        late = [
+            n for n, field in fields_of(cls).items() if not field.init and n in read
+        ]
+        items = [read.pop(name) for name in late]
+        try:
+            built = cls(**read)
+        except (TypeError, ValueError) as error:  # of its own __post_init__
+            return self._fault("value_error", str(error), loc, value)
+        for name, item in zip(late, items):
+            object.__setattr__(built, name, item)
+        return built
+
+    def read_fields(self, cls: type, value: Any, loc: Loc, extra: bool) -> JSON:
+        """Read those fields of a dataclass that a JSON object has."""
+        if type(value) is not dict:
+            self._read_plain(dict, value, loc)
+            return {}
+        read, fields = {}, fields_of(cls)
+        for name, field in fields.items():
+            if field.required and name not in value:
+                self._fault("missing", "Field required", (*loc, name), value)
+        for name, item in value.items():
+            at = (*loc, name)
+            if name in fields:
+                before = len(self.faults)
+                read[name] = self.read(fields[name].type, item, at)
+                if fields[name].bounds and len(self.faults) == before:
+                    self._check_bounds(fields[name].bounds, item, at)
+            elif extra:
+                self.loose += 1
+            else:
+                words = "Extra inputs are not permitted"
+                self._fault("extra_forbidden", words, at, item)
+        return read
+
+    def _check_bounds(self, bounds: JSON, value: Any, loc: Loc) -> None:
+        number = type(value) in (int, float)
+        measured = "number" if number else type(value).__name__
+        for keyword, bound in bounds.items():
+            kind, holds, name, words = BOUNDS[keyword]
+            if kind == measured:
+                measure = value if number else len(value)
+                if not getattr(operator, holds)(measure, bound):
+                    words = f"Input should be {words.format(bound)}"
+                    self._fault(name, words, loc, value)
 
 
 # ---------------------------------------------------------------------------
@@ -1031,15 +1045,18 @@ T = TypeVar("T")
 ActT = TypeVar("ActT")
 ObsT = TypeVar("ObsT")
 StateT = TypeVar("StateT")
+# Codes of errors after which the server ends the session and closes the connection.
+ENDINGS = "CAPACITY_REACHED", "FACTORY_ERROR", "SESSION_ERROR"
 
 
 @dataclasses.dataclass
 class StepResult(Generic[ObsT]):
-    """What ``reset`` and ``step`` return: observation, reward (or None), and episode over."""
+    """What ``reset`` and ``step`` return; ``metadata`` is what the server says besides."""
 
     observation: ObsT
     reward: float | None = None
-    done: bool = False
+    done: bool = False  # whether the episode is over
+    metadata: JSON | None = None
 
 
 class ServerError(RuntimeError):
@@ -1052,10 +1069,11 @@ class ServerError(RuntimeError):
     def __init__(
         self, message: str, code: str, errors: list[Any] | None = None
     ) -> None:
-        super().__init__(f"Server error: {message} (code: {code})")
-        self.message = message
-        self.code = code
-        self.errors = errors or []
+        super().__init__(message, code, errors)
+        self.message, self.code, self.errors = message, code, errors or []
+
+    def __str__(self) -> str:
+        return f"Server error: {self.message} (code: {self.code})"
 
 
 class EnvClient(Generic[ActT, ObsT, StateT]):
@@ -1069,6 +1087,12 @@ class EnvClient(Generic[ActT, ObsT, StateT]):
 
     Without types, dicts go in and dicts come out. Threads may share a client: their calls
     take turns. A client does not survive a fork: the child must make one of its own.
+
+    Args:
+        base_url: ``http(s)://`` or ``ws(s)://`` or ``host:port``, maybe with a path prefix.
+        provider: a container provider to stop on `close`.
+        default_headers, headers: for every request, such as Authorization.
+        trace: is called with a line of text for all that crosses the wire: try ``print``.
     """
 
     observation_type: Any = dict
@@ -1077,16 +1101,24 @@ class EnvClient(Generic[ActT, ObsT, StateT]):
     def __init__(
         self,
         base_url: str,
-        provider: Any | None = None,
+        provider: Any = None,
+        default_headers: Headers | None = None,
+        headers: Headers | None = None,
         trace: Trace | None = None,
     ) -> None:
-        self._secure, self._host, port, path = split_url(base_url)
-        name = f"[{self._host}]" if ":" in self._host else self._host
-        self._address = f"{name}:{port}{path}"
-        self._provider = provider
-        self._trace = trace
+        self._base_url = base_url.rstrip("/")
+        secure, host, port, path = split_url(base_url)
+        host = f"[{host}]" if ":" in host else host
+        self._address = f"{'s' if secure else ''}://{host}:{port}{path}"  # no scheme
+        self._headers = _check_headers({**(default_headers or {}), **(headers or {})})
+        self._provider, self._trace = provider, trace
         self._lock = threading.RLock()
         self._pid = os.getpid()
+
+    @property
+    def base_url(self) -> str:
+        """The URL that this client was made with, without a slash at its end."""
+        return self._base_url
 
     def reset(self, **kwargs: Any) -> StepResult[ObsT]:
         """Begin a new episode. ``seed`` and ``episode_id`` are OpenEnv's; others depend on
@@ -1097,35 +1129,38 @@ class EnvClient(Generic[ActT, ObsT, StateT]):
             ConnectionError: the server cannot be reached, or went away.
             TimeoutError: no answer in time.
         """
-        return self._read(self._parse_result, self._call("reset", kwargs, {}))
+        return self._call("reset", kwargs, {}, self._parse_result)
 
     def step(self, action: ActT, **kwargs: Any) -> StepResult[ObsT]:
-        """Act once. Raises what `reset` raises.
+        """Act once. Raises what `reset` raises, and TypeError for what is no action.
 
         Over HTTP ``kwargs`` (``timeout_s``, ``request_id``, ...) are sent beside the action;
         OpenEnv's WebSocket message has no place for them, so there they are dropped.
         """
-        answer = self._call("step", self._step_payload(action), kwargs)
-        return self._read(self._parse_result, answer)
+        payload = self._step_payload(action)
+        return self._call("step", payload, kwargs, self._parse_result)
 
     def state(self) -> StateT:
         """Ask where the episode stands. Raises what `reset` raises."""
-        return self._read(self._parse_state, self._call("state", {}, {}))
+        return self._call("state", {}, {}, self._parse_state)
 
     def close(self) -> None:
         """End the session, and stop the container if this client started one.
 
         A server that was there before goes on running. Closing twice is fine.
         """
-        if os.getpid() != self._pid:
-            return  # the session belongs to the parent process
-        with self._lock:
-            try:
+        try:
+            self.disconnect()
+        finally:
+            provider, self._provider = self._provider, None
+            if provider is not None and os.getpid() == self._pid:
+                provider.stop_container()
+
+    def disconnect(self) -> None:
+        """End the session. The next one begins with `reset` over HTTP, else with `connect`."""
+        if os.getpid() == self._pid:  # else the session belongs to the parent process
+            with self._lock:
                 self._disconnect()
-            finally:
-                provider, self._provider = self._provider, None
-                if provider is not None:
-                    provider.stop_container()
 
     def __enter__(self) -> Self:
         return self
@@ -1134,9 +1169,7 @@ class EnvClient(Generic[ActT, ObsT, StateT]):
         self.close()
 
     @classmethod
-    def from_docker_image(
-        cls, image: str, provider: Any | None = None, **kwargs: Any
-    ) -> Self:
+    def from_docker_image(cls, image: str, provider: Any = None, **kwargs: Any) -> Self:
         """Start a container from ``image``, wait until it is healthy, and connect to it.
 
         ``kwargs`` (``port``, ``env_vars``, ...) go to the provider's ``start_container``;
@@ -1155,65 +1188,86 @@ class EnvClient(Generic[ActT, ObsT, StateT]):
             raise
 
     @classmethod
-    def from_hub(
+    def from_env(
         cls,
         repo_id: str,
-        provider: Any | None = None,
+        provider: Any = None,
         tag: str = "latest",
+        use_docker: bool = True,
         **kwargs: Any,
     ) -> Self:
         """Start the container of a Hugging Face Space, ``"owner/name"``, on this machine."""
-        image = f"registry.hf.space/{repo_id.replace('/', '-')}:{tag}"
+        if not use_docker:
+            raise ValueError("a Space runs in Docker here: use_docker must be True")
+        name = re.sub("[^a-z0-9]", "-", repo_id.lower())
+        image = f"registry.hf.space/{name}:{tag}"
         return cls.from_docker_image(image, provider, **kwargs)
 
-    # The names below are openenv-core's: a client written for it may override them.
+    from_hub = from_env  # its name until December 2025
 
-    def _step_payload(self, action: ActT) -> dict[str, Any]:
-        return action if isinstance(action, dict) else to_json(action)
+    # The names below are openenv's: a client written for it may override them.
 
-    def _parse_result(self, payload: dict[str, Any]) -> StepResult[ObsT]:
+    def _step_payload(self, action: ActT) -> JSON:
+        if isinstance(action, dict):
+            return action
+        if not dataclasses.is_dataclass(action) or isinstance(action, type):
+            bases = getattr(type(self), "__orig_bases__", ())
+            named = [a for base in bases for a in typing.get_args(base)]
+            wanted = "a dict or a dataclass"
+            if named and isinstance(named[0], type):
+                wanted = f"a {named[0].__name__} or a dict"
+            raise TypeError(f"step takes {wanted}, not {type(action).__name__}")
+        payload: JSON = to_json(action)
+        return payload
+
+    def _parse_result(self, payload: JSON) -> StepResult[ObsT]:
         reward = payload.get("reward")
-        if reward is not None:
-            reward = from_json(float, reward)
-        done = from_json(bool, payload.get("done", False))
-        fields = from_json(dict, payload["observation"])
+        if reward is not None:  # OpenEnv lets it be true or false
+            number = int(reward) if isinstance(reward, bool) else reward
+            reward = read_json(float, number)
+        done = read_json(bool, payload.get("done", False))
+        fields = read_json(dict, payload["observation"])
         if self.observation_type is not dict:
             fields = {**fields, "reward": reward, "done": done}
-        return StepResult(from_json(self.observation_type, fields), reward, done)
+        observation = read_json(self.observation_type, fields, extra=True)
+        return StepResult(observation, reward, done, payload.get("metadata"))
 
-    def _parse_state(self, payload: dict[str, Any]) -> StateT:
-        state: StateT = from_json(self.state_type, payload)
+    def _parse_state(self, payload: JSON) -> StateT:
+        state: StateT = read_json(self.state_type, payload, extra=True)
         return state
 
-    def _call(
-        self, kind: str, data: dict[str, Any], extra: dict[str, Any]
-    ) -> dict[str, Any]:
+    def _call(self, kind: str, data: JSON, more: JSON, parse: Callable[[JSON], T]) -> T:
         """Exchange one request for one answer, one caller at a time."""
         self._refuse_fork()
         with self._lock:
-            return self._exchange(kind, data, extra)
-
-    def _refuse_fork(self) -> None:
-        if os.getpid() != self._pid:
-            raise ConnectionError(
-                "this client was made before a fork: make one in this process"
-            )
-
-    def _read(self, parse: Callable[[dict[str, Any]], T], answer: dict[str, Any]) -> T:
+            if self._trace:
+                self._trace(f"   OpenEnv: {kind}, {_MEANING[kind]}")
+            answer = self._exchange(kind, data, more)
+            if self._trace and kind != "state":
+                told = f"reward {answer.get('reward')}, done {answer.get('done')}"
+                self._trace(f"   OpenEnv: {told}")
         try:
             return parse(answer)
         except (KeyError, TypeError, ValueError, ArithmeticError) as error:
-            raise ConnectionError(
-                f"the answer is not as it should be: {error}"
-            ) from error
+            words = f"the answer is not as it should be: {error}"
+            raise ConnectionError(words) from error
 
-    def _exchange(
-        self, kind: str, data: dict[str, Any], extra: dict[str, Any]
-    ) -> dict[str, Any]:
+    def _refuse_fork(self) -> None:
+        if os.getpid() != self._pid:
+            raise ConnectionError("this client was made before a fork: make a new one")
+
+    def _exchange(self, kind: str, data: JSON, more: JSON) -> JSON:
         raise NotImplementedError
 
     def _disconnect(self) -> None:
         raise NotImplementedError
+
+
+_MEANING = {
+    "reset": "begin a new episode",
+    "step": "the agent acts once",
+    "state": "where does the episode stand?",
+}
 
 
 class WebSocketEnvClient(EnvClient[ActT, ObsT, StateT]):
@@ -1224,14 +1278,10 @@ class WebSocketEnvClient(EnvClient[ActT, ObsT, StateT]):
     until `connect` opens a new session: an answer is never taken for that of another call.
     Between calls, pings are answered in the background.
 
-    Args:
-        base_url: ``http(s)://`` or ``ws(s)://`` or ``host:port``, maybe with a path prefix.
+    Args, beside those of `EnvClient`:
         connect_timeout_s: seconds until connected.
         message_timeout_s: seconds that an answer may take.
         max_message_size_mb: the largest answer taken, in MiB.
-        provider: a container provider to stop on `close`.
-        default_headers: HTTP headers for the opening handshake, such as Authorization.
-        trace: is called with a line of text for all that crosses the wire: try ``print``.
     """
 
     def __init__(
@@ -1240,16 +1290,15 @@ class WebSocketEnvClient(EnvClient[ActT, ObsT, StateT]):
         connect_timeout_s: float = 10.0,
         message_timeout_s: float = 60.0,
         max_message_size_mb: float = 100.0,
-        provider: Any | None = None,
-        default_headers: Mapping[str, str] | None = None,
+        provider: Any = None,
+        default_headers: Headers | None = None,
+        headers: Headers | None = None,
         trace: Trace | None = None,
     ) -> None:
-        super().__init__(base_url, provider, trace)
-        self._url = f"{'wss' if self._secure else 'ws'}://{self._address}/ws"
-        self._headers = dict(default_headers or {})
-        self._connect_timeout = connect_timeout_s
-        self._timeout = message_timeout_s
-        self._max_size = int(max_message_size_mb * (1 << 20))
+        super().__init__(base_url, provider, default_headers, headers, trace)
+        self._url = f"ws{self._address}/ws"
+        size = int(max_message_size_mb * (1 << 20))
+        self._options = connect_timeout_s, message_timeout_s, size, trace
         self._ws: WebSocket | None = None
         self._lost = ""  # why there is no connection any more
 
@@ -1261,24 +1310,16 @@ class WebSocketEnvClient(EnvClient[ActT, ObsT, StateT]):
         """
         self._refuse_fork()
         with self._lock:
-            if self._ws is None:
-                self._ws = WebSocket.connect(
-                    self._url,
-                    self._headers,
-                    self._connect_timeout,
-                    self._timeout,
-                    self._max_size,
-                    self._trace,
-                )
-                _keeper.watch(self._ws)
-                self._lost = ""
+            if self._ws is not None:
+                self._ws.tend()
+                if not (self._ws.at_end or self._ws.protocol.closed):
+                    return self
+                self._ws.drop()
+                self._ws = None
+            self._ws = WebSocket.connect(self._url, self._headers, *self._options)
+            _keeper.watch(self._ws)
+            self._lost = ""
             return self
-
-    def disconnect(self) -> None:
-        """End the session and close the connection. `connect` opens a new one."""
-        if os.getpid() == self._pid:
-            with self._lock:
-                self._disconnect()
 
     def __enter__(self) -> Self:
         return self.connect()
@@ -1289,120 +1330,91 @@ class WebSocketEnvClient(EnvClient[ActT, ObsT, StateT]):
             self._lost = "the client was closed"
             ws.close()
 
-    def _exchange(
-        self, kind: str, data: dict[str, Any], extra: dict[str, Any]
-    ) -> dict[str, Any]:
-        request: dict[str, Any] = {"type": kind}
-        if kind != "state":
-            request["data"] = data
-        text = encode_json(
-            request
-        )  # what cannot be sent is the caller's fault: nothing is lost
+    def _exchange(self, kind: str, data: JSON, more: JSON) -> JSON:
+        request = {"type": kind} if kind == "state" else {"type": kind, "data": data}
+        text = encode_json(request)  # its error is the caller's fault: nothing is lost
         if self._ws is None:
             if self._lost:
                 raise ConnectionError(f"{self._lost}; connect() begins a new session")
             self.connect()
-        assert self._ws is not None
+        ws = self._ws
+        assert ws is not None
         try:
-            return self._ask(self._ws, kind, text)
-        except ServerError:
-            raise
+            ws.tend()
+            answer = ws.take()
+            if answer is not None:  # a server speaks first only to say that it is full
+                return _read_answer(answer, "error")
+            ws.send(text)
+            answer = ws.recv(EAGER_SECONDS if len(_keeper.watched) == 1 else 0)
+            return _read_answer(answer, "state" if kind == "state" else "observation")
         except BaseException as error:  # Ctrl-C too: the answer is still on its way
+            if isinstance(error, ServerError) and error.code not in ENDINGS:
+                raise
             self._lost = f"the session was lost ({error or type(error).__name__})"
-            ws, self._ws = self._ws, None
-            ws.begin_close()
+            self._ws = None
+            ws.start_closing()
             ws.drop()
             raise
 
-    def _ask(self, ws: WebSocket, kind: str, text: str) -> dict[str, Any]:
-        """Send one message and return the ``data`` of the answer to it."""
-        if ws.tend(wait=True):  # a server speaks unasked only to say that it is full
-            _answer_data(ws.recv(), "error")
-        if self._trace:
-            self._trace(f"   {_meaning(kind)}")
-        ws.send(text)
-        answer = ws.recv(EAGER_SECONDS if _keeper.watches_one else 0)
-        data = _answer_data(answer, "state" if kind == "state" else "observation")
-        if self._trace and kind != "state":
-            self._trace(
-                f"   OpenEnv: reward {data.get('reward')}, done {data.get('done')}"
-            )
-        return data
 
-
-def _answer_data(answer: str | bytes, expected: str) -> dict[str, Any]:
+def _read_answer(answer: str | bytes, expected: str) -> JSON:
+    """Return the ``data`` of a message of the type expected; raise what an error says."""
     try:
-        message = _decode_json(answer if isinstance(answer, str) else "")
+        message = decode_json(answer if isinstance(answer, str) else "")
         kind, data = message["type"], message["data"]
         if kind == "error":
-            raise ServerError(
-                data.get("message", "unknown"),
-                data.get("code", "UNKNOWN"),
-                data.get("errors"),
-            )
+            words, code = data.get("message", "unknown"), data.get("code", "UNKNOWN")
+            raise ServerError(words, code, data.get("errors"))
         if kind != expected or not isinstance(data, dict):
             raise ValueError
         return data
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise ConnectionError(
-            f"the server sent {_shorten(repr(answer))} where a message of type "
-            f"{expected!r} was due"
-        ) from None
-
-
-def _meaning(kind: str) -> str:
-    return "OpenEnv: " + {
-        "reset": "reset, begin a new episode",
-        "step": "step, the agent acts once",
-        "state": "state, where does the episode stand?",
-    }.get(kind, kind)
+        words = f"the server sent {_shorten(repr(answer))}"
+        due = f"where a message of type {expected!r} was due"
+        raise ConnectionError(f"{words} {due}") from None
 
 
 class _Keeper:
-    """Answers the pings of connections whose owners are busy: one thread for the process.
+    """Tends the connections of owners who are busy: one thread for the process.
 
     Servers (uvicorn, for one) drop a client that leaves a ping unanswered for 20 seconds,
     and a model may think for longer than that between two steps.
     """
 
     def __init__(self) -> None:
-        self._watched: weakref.WeakSet[WebSocket] = weakref.WeakSet()
-        self._thread: threading.Thread | None = None
+        # No thread runs while it is empty.
+        self.watched: list[weakref.ref[WebSocket]] = []
         self._lock = threading.Lock()
 
     def watch(self, ws: WebSocket) -> None:
         with self._lock:
-            self._watched.add(ws)
-            if self._thread is None:
-                thread = threading.Thread(target=self._run, daemon=True, name="pings")
-                thread.start()
-                self._thread = thread
-
-    @property
-    def watches_one(self) -> bool:
-        """Whether the process has just one connection, and threads need not share it."""
-        return len(self._watched) == 1
+            if not self.watched:
+                threading.Thread(target=self._run, daemon=True, name="pings").start()
+            self.watched.append(weakref.ref(ws))
 
     def _run(self) -> None:
         while True:
             time.sleep(0.25)
+            for ref in list(self.watched):
+                self._tend(ref)
             with self._lock:
-                watched = [ws for ws in self._watched if not ws.ended]
-                if not watched:
-                    self._thread = None
+                if not self.watched:
                     return
-            for ws in watched:
-                try:
-                    ws.tend()
-                except Exception:  # noqa: BLE001  # whatever a trace raises ends but its own
-                    ws.drop()
-            del ws, watched  # else a forgotten client would live on in here
+
+    def _tend(self, ref: weakref.ref[WebSocket]) -> None:
+        """Tend a connection, or drop it from the list if it is over or forgotten."""
+        ws = ref()
+        if ws is not None and not ws.at_end:
+            try:
+                return ws.tend()
+            except Exception:  # noqa: BLE001  # whatever a trace raises ends but its own
+                ws.drop()
+        with self._lock:
+            self.watched.remove(ref)
 
 
 _keeper = _Keeper()
-if hasattr(
-    os, "register_at_fork"
-):  # the thread stays behind, and so must the connections
+if hasattr(os, "register_at_fork"):  # a child has neither the thread nor connections
     os.register_at_fork(after_in_child=_keeper.__init__)  # type: ignore[misc]
 
 
@@ -1410,115 +1422,85 @@ class HTTPEnvClient(EnvClient[ActT, ObsT, StateT]):
     """A client over HTTP: every call is a request of its own.
 
     It names a session of its own in the header ``X-Session-Id``. Servers that know the
-    header (server.py does) keep one environment for it; openenv-core 0.3.0 does not.
+    header (server.py does) keep one environment for it; openenv's do not.
 
-    Args:
-        base_url: ``http(s)://`` or ``ws(s)://`` or ``host:port``, maybe with a path prefix.
-        request_timeout_s: seconds that an answer may take.
-        default_headers: HTTP headers for every request, such as Authorization.
-        provider: a container provider to stop on `close`.
-        trace: is called with a line of text for all that crosses the wire: try ``print``.
+    ``request_timeout_s``: seconds that an answer may take.
     """
 
     def __init__(
         self,
         base_url: str,
         request_timeout_s: float = 15.0,
-        default_headers: Mapping[str, str] | None = None,
-        provider: Any | None = None,
+        default_headers: Headers | None = None,
+        provider: Any = None,
+        headers: Headers | None = None,
         trace: Trace | None = None,
     ) -> None:
-        super().__init__(base_url, provider, trace)
-        self._url = f"{'https' if self._secure else 'http'}://{self._address}"
-        self._headers = {"X-Session-Id": str(uuid.uuid4()), **(default_headers or {})}
+        super().__init__(base_url, provider, default_headers, headers, trace)
+        self._headers = {"X-Session-Id": str(uuid.uuid4()), **self._headers}
         self._timeout = float(request_timeout_s)
         self._open = False  # whether there may be a session to close
-        self._opener = _http_opener(self._host, trace)
-        _refuse_control_characters(self._headers)
+        self._opener = _http_opener(base_url, trace)
 
-    def _exchange(
-        self, kind: str, data: dict[str, Any], extra: dict[str, Any]
-    ) -> dict[str, Any]:
-        if self._trace:
-            self._trace(f"   {_meaning(kind)}")
+    def _exchange(self, kind: str, data: JSON, more: JSON) -> JSON:
         if kind == "state":
-            return self._request("GET", "/state", None)
+            return self._request("/state", None)
         self._open = True
-        return self._request(
-            "POST", f"/{kind}", {"action": data, **extra} if kind == "step" else data
-        )
+        body = {"action": data, **more} if kind == "step" else data
+        return self._request(f"/{kind}", body)
 
-    def _request(
-        self, method: str, path: str, body: dict[str, Any] | None
-    ) -> dict[str, Any]:
+    def _request(self, path: str, body: JSON | None) -> JSON:
         import urllib.request  # here, since a WebSocket client does not need it
-        from http.client import HTTPException
 
-        url, headers = self._url + path, dict(self._headers)
-        data = None if body is None else encode_json(body).encode()
-        if data is not None:
+        url, headers, data = f"http{self._address}{path}", dict(self._headers), None
+        if body is not None:
+            data = encode_json(body).encode()
             headers["Content-Type"] = "application/json"
-        request = urllib.request.Request(url, data, headers, method=method)
+        request = urllib.request.Request(url, data, headers)  # POST if there are data
         try:
             with self._opener.open(request, timeout=self._timeout) as response:
                 status, text = response.status, response.read()
-        except (OSError, HTTPException) as error:
+        except (OSError, http.client.HTTPException) as error:
             cause = getattr(error, "reason", error)
             if isinstance(cause, socket.timeout):
                 late = f"no answer from {url} within {self._timeout:g} s"
                 raise TimeoutError(late) from None
             raise ConnectionError(f"no answer from {url}: {cause!r}") from error
         if self._trace:
-            _trace_response(self._trace, response, text)
+            self._trace(f"<- {_shorten(text.decode(errors='replace'))}")
         if status != 200:
             raise _server_error(status, text)
-        try:
-            answer = _decode_json(text.decode())
-        except (ValueError, RecursionError):
-            answer = None
-        if not isinstance(answer, dict):
-            raise ConnectionError(
-                f"{url} answered {_shorten(repr(text))}, no JSON object"
-            )
-        return answer
+        with contextlib.suppress(ValueError, RecursionError):
+            answer = decode_json(text.decode())
+            if isinstance(answer, dict):
+                return answer
+        raise ConnectionError(f"{url} answered {_shorten(repr(text))}, no JSON object")
 
     def _disconnect(self) -> None:
         if self._open:
             self._open = False
-            try:
-                self._request("POST", "/close", {})
-            except (ServerError, ConnectionError, TimeoutError):
-                pass  # the server does not know sessions, or is gone, and so is the session
+            # The server may know no sessions, or be gone, and with it the session.
+            with contextlib.suppress(ServerError, ConnectionError, TimeoutError):
+                self._request("/close", {})
 
 
-def _http_opener(host: str, trace: Trace | None = None) -> Any:
+def _http_opener(url: str, trace: Trace | None = None) -> Any:
     """urllib without redirects, which an API does not need and which leak headers."""
-    from http.client import HTTPConnection, HTTPSConnection
-    from urllib import request
+    from urllib import request  # here, since a WebSocket client does not need it
 
-    loopback = host == "localhost" or host.startswith("127.") or host == "::1"
-    http, https = request.HTTPHandler(), request.HTTPSHandler()
-    if trace:
-        plain, secure = (_traced(c, trace) for c in (HTTPConnection, HTTPSConnection))
-        http.http_open = lambda req: http.do_open(plain, req)  # type: ignore[method-assign]
-        https.https_open = lambda req: https.do_open(secure, req)  # type: ignore[method-assign]
+    host = split_url(url)[1]
+    local = host in ("localhost", "::1") or host.startswith("127.")
     opener = request.OpenerDirector()
-    for handler in (request.ProxyHandler({} if loopback else None), http, https):
-        opener.add_handler(handler)
+    opener.add_handler(request.ProxyHandler({} if local else None))
+    for scheme in ("http", "https"):
+        kind = getattr(request, f"{scheme.upper()}Handler", None)
+        if kind:  # a Python may lack ssl
+            handler = kind()
+            base = getattr(http.client, f"{scheme.upper()}Connection")
+            connect = functools.partial(handler.do_open, _bounded(base, trace))
+            setattr(handler, f"{scheme}_open", connect)
+            opener.add_handler(handler)
     return opener
-
-
-def _traced(connection: Any, trace: Trace) -> Any:
-    """A class of connections that shows what it sends."""
-
-    def send(self: Any, data: bytes) -> None:
-        head, _, body = data.partition(b"\r\n\r\n")
-        _trace_text(trace, "->", head)
-        if body:
-            trace(f"-> {_shorten(body.decode(errors='replace'))}")
-        connection.send(self, data)
-
-    return type("TracedConnection", (connection,), {"send": send})
 
 
 def _server_error(status: int, text: bytes) -> ServerError:
@@ -1527,44 +1509,26 @@ def _server_error(status: int, text: bytes) -> ServerError:
         body = json.loads(text)
         detail, code = body["detail"], body.get("code")
         if isinstance(detail, list):
-            words = [f"{'.'.join(map(str, d['loc']))}: {d['msg']}" for d in detail]
-            return ServerError("; ".join(words), code or "VALIDATION_ERROR", detail)
+            return ServerError(str(Invalid(detail)), code or "VALIDATION_ERROR", detail)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         detail, code = _shorten(text.decode(errors="replace")), None
     return ServerError(str(detail), code or f"HTTP_{status}")
 
 
-def _trace_response(trace: Trace, response: Any, text: bytes) -> None:
-    trace(f"<- HTTP/1.1 {response.status} {response.reason}")
-    for name, value in response.headers.items():
-        trace(f"<- {name}: {value}")
-    trace(f"<- {_shorten(text.decode(errors='replace'))}")
-
-
 class BenchmarkEnv(
-    HTTPEnvClient[
-        benchmark.BenchmarkAction,
-        benchmark.BenchmarkObservation,
-        benchmark.BenchmarkState,
-    ]
+    HTTPEnvClient[BenchmarkAction, BenchmarkObservation, BenchmarkState]
 ):
     """The Benchmark environment over HTTP."""
 
-    observation_type = benchmark.BenchmarkObservation
-    state_type = benchmark.BenchmarkState
+    observation_type, state_type = BenchmarkObservation, BenchmarkState
 
 
 class BenchmarkEnvWS(
-    WebSocketEnvClient[
-        benchmark.BenchmarkAction,
-        benchmark.BenchmarkObservation,
-        benchmark.BenchmarkState,
-    ]
+    WebSocketEnvClient[BenchmarkAction, BenchmarkObservation, BenchmarkState]
 ):
     """The Benchmark environment over WebSocket."""
 
-    observation_type = benchmark.BenchmarkObservation
-    state_type = benchmark.BenchmarkState
+    observation_type, state_type = BenchmarkObservation, BenchmarkState
 
 
 # ---------------------------------------------------------------------------
@@ -1596,25 +1560,16 @@ class LocalDockerProvider:
         if self._name:
             raise RuntimeError("this provider already runs a container: stop it first")
         self._name = f"openenv-{uuid.uuid4().hex[:12]}"
-        options = [f"--{k.replace('_', '-')}={v}" for k, v in kwargs.items()]
-        for key, value in (env_vars or {}).items():
-            options += ["--env", f"{key}={value}"]
+        options = ["--detach", "--name", self._name]
+        options += ["--publish", f"127.0.0.1:{port or ''}:8000"]
+        options += [f"--{k.replace('_', '-')}={v}" for k, v in kwargs.items()]
+        options += [f"--env={k}={v}" for k, v in (env_vars or {}).items()]
         try:
-            self._docker(
-                "run",
-                "--detach",
-                "--name",
-                self._name,
-                "--publish",
-                f"127.0.0.1:{port or ''}:8000",
-                *options,
-                image,
-            )
+            self._docker("run", *options, image)
             address = self._docker("port", self._name, "8000/tcp").splitlines()[0]
         except (RuntimeError, IndexError) as error:
-            raise self._failure(
-                f"{image} does not start: {error}", RuntimeError
-            ) from None
+            words = f"{image} does not start: {error}"
+            raise self._failure(words, RuntimeError) from None
         return f"http://{address}"
 
     def wait_for_ready(self, base_url: str, timeout_s: float = 30.0) -> None:
@@ -1624,247 +1579,54 @@ class LocalDockerProvider:
             TimeoutError: it did not within ``timeout_s`` seconds; RuntimeError: the container
                 has ended. Both say its last log lines, and the container is removed.
         """
-        from http.client import HTTPException
-
-        opener = _http_opener(split_url(base_url)[1])
+        opener, url = _http_opener(base_url), f"{base_url.rstrip('/')}/health"
         deadline = time.monotonic() + timeout_s
         while True:
             try:
-                with opener.open(f"{base_url.rstrip('/')}/health", timeout=2) as answer:
+                with opener.open(url, timeout=2) as answer:
                     if answer.status == 200:
                         return
                     last = f"HTTP Error {answer.status}: {answer.reason}"
-            except (OSError, HTTPException) as error:  # not there yet
+            except (OSError, http.client.HTTPException) as error:  # not there yet
                 last = str(error)
-            if (
-                self._name
-                and self._docker("inspect", "-f", "{{.State.Running}}", self._name)
-                != "true"
-            ):
+            running = ("inspect", "-f", "{{.State.Running}}", self._name)
+            if self._name and self._docker(*running) != "true":
                 raise self._failure("the container has ended", RuntimeError)
             if time.monotonic() > deadline:
-                raise self._failure(
-                    f"not healthy within {timeout_s:g} s: {last}", TimeoutError
-                )
+                late = f"not healthy within {timeout_s:g} s: {last}"
+                raise self._failure(late, TimeoutError)
             time.sleep(0.05)
 
     def stop_container(self) -> None:
         """Stop and remove the container. Does nothing if there is none."""
         name, self._name = self._name, ""
         if name:
-            try:
+            with contextlib.suppress(RuntimeError):  # it has ended by itself
                 self._docker("stop", "--time", "5", name)
-            except RuntimeError:
-                pass  # it has ended by itself, or never started; removing it is what counts
             self._docker("rm", "--force", name)
 
     def _failure(self, message: str, kind: type[Exception]) -> Exception:
         """Remove the container, and make an exception of ``message`` and its last words."""
-        try:
+        logs = ""
+        with contextlib.suppress(RuntimeError):  # it was never made
             logs = self._docker("logs", "--tail", "20", self._name)
-        except RuntimeError:
-            logs = ""
-        try:
+        with contextlib.suppress(RuntimeError):
             self.stop_container()
-        except RuntimeError:
-            pass  # it was never made
         return kind(f"{message}\n{logs}".rstrip())
 
     def _docker(self, *arguments: str) -> str:
-        import subprocess
+        """Run ``docker``; return what it prints, or raise RuntimeError with what it says."""
+        from subprocess import PIPE, STDOUT, run
 
+        command, error = ["docker", *arguments], STDOUT if "logs" in arguments else PIPE
         try:
-            done = subprocess.run(
-                ["docker", *arguments],
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT if arguments[0] == "logs" else subprocess.PIPE,
-                text=True,
-                check=True,
-            )
+            done = run(command, check=False, stdout=PIPE, stderr=error, text=True)
         except FileNotFoundError:
             raise RuntimeError("there is no docker command: install Docker") from None
-        except subprocess.CalledProcessError as error:
-            raise RuntimeError(
-                (error.stderr or error.stdout or str(error)).strip()
-            ) from None
+        if done.returncode:
+            words = done.stderr or done.stdout or f"docker exits with {done.returncode}"
+            raise RuntimeError(words.strip())
         return done.stdout.strip()
-
-
-# ---------------------------------------------------------------------------
-# The benchmark
-# ---------------------------------------------------------------------------
-
-
-class _Lane:
-    """One session of the benchmark: sends the same request again and again.
-
-    Requests are made once, and of an answer only the beginning is looked at, so that the
-    server is what is measured.
-    """
-
-    scratch = bytearray(1 << 20)  # what was received, overwritten each time
-
-    def __init__(
-        self, sock: socket.socket, reset: bytes, step: bytes, http: bool
-    ) -> None:
-        self.sock, self.reset, self.step, self.http = sock, reset, step, http
-        self.head, self.got = b"", 0  # of the answer that is due
-        self.sent_at = 0.0
-
-    def send(self, request: bytes) -> None:
-        self.sent_at = time.perf_counter()
-        self.sock.sendall(request)
-
-    def receive(self) -> bytes | None:
-        """Receive what there is; return the answer's beginning once all of it has come.
-
-        Raises:
-            ConnectionError: the server closed the connection.
-        """
-        size = self.sock.recv_into(self.scratch)
-        if not size:
-            raise ConnectionError("the server closed the connection")
-        self.got += size
-        if len(self.head) < 4096:
-            self.head += self.scratch[: min(size, 4096)]
-        due = self._http_size() if self.http else self._frame_size()
-        if due is None or self.got < due:
-            return None
-        answer, self.head, self.got = self.head, self.head[due:], self.got - due
-        if self.http or answer[0] & 0x0F != PING:
-            return answer
-        pong = bytes((0x80 | PONG, 0x80 | answer[1])) + bytes(4) + answer[2:due]
-        self.sock.sendall(pong)
-        return None
-
-    def _frame_size(self) -> int | None:
-        head = self.head
-        extended = {126: 2, 127: 8}.get(head[1], 0) if len(head) > 1 else 8
-        if len(head) < 2 + extended:
-            return None
-        length = int.from_bytes(head[2 : 2 + extended], "big") if extended else head[1]
-        return 2 + extended + length
-
-    def _http_size(self) -> int | None:
-        end = self.head.find(b"\r\n\r\n")
-        if end < 0:
-            return None
-        fields = self.head[:end].lower().partition(b"\r\ncontent-length:")[2]
-        return end + 4 + int(fields.split(b"\r\n")[0] or 0)
-
-
-def _open_lanes(url: str, sessions: int, message: str, http: bool) -> list[_Lane]:
-    secure, host, port, path = split_url(url)
-    if secure:
-        raise ValueError(
-            "the benchmark speaks http:// and ws:// only: TLS would be measured"
-        )
-    lanes = []
-    for _ in range(sessions):
-        if http:
-            sock = socket.create_connection((host, port), 10)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            head = (
-                f"HTTP/1.1\r\nHost: {host}:{port}\r\nX-Session-Id: {uuid.uuid4()}\r\n"
-            )
-            reset, step = (
-                f"POST {path}{name} {head}Content-Type: application/json\r\n"
-                f"Content-Length: {len(body)}\r\n\r\n{body}".encode()
-                for name, body in (
-                    ("/reset", "{}"),
-                    ("/step", encode_json({"action": {"message": message}})),
-                )
-            )
-        else:
-            ws = WebSocket.connect(f"ws://{host}:{port}{path}/ws")
-            sock = ws.detach()
-            reset, step = (
-                ws.frame(TEXT, encode_json(request).encode())
-                for request in (
-                    {"type": "reset", "data": {}},
-                    {"type": "step", "data": {"message": message}},
-                )
-            )
-        sock.settimeout(60)
-        lanes.append(_Lane(sock, reset, step, http))
-    return lanes
-
-
-def bench(
-    url: str,
-    seconds: float,
-    sessions: int = 1,
-    size: int = 10,
-    http: bool = False,
-    progress: Trace | None = None,
-) -> dict[str, Any]:
-    """Measure a server: on each session, one step after the other for so many seconds.
-
-    Returns: steps per second, latencies and times of connecting and resetting in
-    milliseconds, and the number of answers that were no observation.
-    """
-    import selectors
-
-    began = time.perf_counter()
-    lanes = _open_lanes(url, sessions, "x" * size, http)
-    connected = time.perf_counter()
-    selector = selectors.DefaultSelector()
-    for lane in lanes:
-        selector.register(lane.sock, selectors.EVENT_READ, lane)
-
-    def wait() -> list[_Lane]:  # a single session is simply waited for
-        return lanes if sessions == 1 else [key.data for key, _ in selector.select(1)]
-
-    errors = 0
-    resets: list[float] = []
-    for lane in lanes:
-        lane.send(lane.reset)
-    while len(resets) < sessions:
-        for lane in wait():
-            answer = lane.receive()
-            if answer is not None:
-                errors += b'"observation"' not in answer
-                resets.append(time.perf_counter() - lane.sent_at)
-    latencies: list[float] = []
-    start = time.perf_counter()
-    end, tell = start + seconds, start + 1
-    for lane in lanes:
-        lane.send(lane.step)
-    now = start
-    while now < end:
-        for lane in wait():
-            answer = lane.receive()
-            if answer is None:
-                continue
-            now = time.perf_counter()
-            latencies.append(now - lane.sent_at)
-            errors += b'"observation"' not in answer
-            lane.send(lane.step)
-        if progress and now > tell:
-            tell = now + 1
-            progress(f"{len(latencies) / (now - start):,.0f} steps/s")
-    for lane in lanes:
-        lane.sock.close()
-    latencies.sort()
-    resets.sort()
-
-    def milliseconds(times: list[float], part: float) -> float:
-        return round(times[min(int(len(times) * part), len(times) - 1)] * 1000, 3)
-
-    return {
-        "transport": "http" if http else "websocket",
-        "sessions": sessions,
-        "message_bytes": size,
-        "steps": len(latencies),
-        "steps_per_second": round(len(latencies) / (now - start), 1),
-        "p50_ms": milliseconds(latencies, 0.5),
-        "p90_ms": milliseconds(latencies, 0.9),
-        "p99_ms": milliseconds(latencies, 0.99),
-        "max_ms": milliseconds(latencies, 1),
-        "connect_ms": round((connected - began) * 1000, 3),
-        "reset_p50_ms": milliseconds(resets, 0.5),
-        "errors": errors,
-    }
 
 
 # ---------------------------------------------------------------------------
@@ -1873,131 +1635,70 @@ def bench(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Step the messages given, or run the benchmark; return the exit code."""
+    """Step the messages given; return the exit code."""
     import argparse
 
-    parser = argparse.ArgumentParser(
-        prog="client.py",
-        description="Step messages through the Benchmark environment, or measure a server. "
-        "Without --url it starts a server of its own.",
-        allow_abbrev=False,
+    about = (
+        "Step messages through the Benchmark environment. "
+        "Without --url it starts a server of its own."
     )
+    parser = argparse.ArgumentParser("client.py", description=about, allow_abbrev=False)
     add = parser.add_argument
     add("messages", nargs="*", metavar="MESSAGE", help="what to step")
     add("--url", help="base URL of a running server")
     add("--http", action="store_true", help="use HTTP; default: WebSocket")
     add("--trace", action="store_true", help="show on stderr all that crosses the wire")
-    add("--bench", type=float, metavar="SECONDS", help="measure instead, for so long")
-    add("--sessions", type=int, default=1, metavar="N", help="of the benchmark (1)")
-    add("--size", type=int, default=10, metavar="BYTES", help="of its messages (10)")
-    add("--json", action="store_true", help="print its result as JSON")
-    add("--version", action="version", version=f"%(prog)s {benchmark.__version__}")
+    add("--version", action="version", version=f"%(prog)s {VERSION}")
     # One clear line, and no usage text above it.
     parser.error = lambda message: parser.exit(2, f"client.py: {message}\n")  # type: ignore[method-assign]
     options = parser.parse_args(argv)
-    if not options.messages and options.bench is None:
-        parser.error(
-            'give messages to step, as in: client.py "Hello" "World"; or --bench 5'
-        )
-    if options.bench is not None and (
-        options.bench <= 0 or options.sessions < 1 or options.size < 0
-    ):
-        parser.error("--bench and --sessions take numbers above 0, --size 0 or more")
+    if not options.messages:
+        parser.error('give messages to step, as in: client.py "Hello" "World"')
     try:
-        if options.bench is not None:
-            _run_bench(options)
+        if options.url:
+            _play(options.url, options)
         else:
-            _run_messages(options)
-    except ImportError:
-        parser.error("server.py is not beside client.py: give --url")
+            with _embedded_server() as server:
+                _play(server.url, options)
     except (OSError, RuntimeError, ValueError) as error:
         parser.error(str(error))
     return 0
 
 
-def _run_messages(options: Any) -> None:
-    from contextlib import ExitStack
+def _embedded_server() -> Any:
+    name = f"{__package__}.server" if __package__ else "server"
+    if not find_spec(name):
+        raise RuntimeError("server.py is not beside client.py: give --url")
+    server = importlib.import_module(name)
+    made_by = sys.modules[BenchmarkAction.__module__].BenchmarkEnvironment
+    return server.create_app(made_by, BenchmarkAction, BenchmarkObservation).start()
 
+
+def _play(url: str, options: Any) -> None:
     trace = (lambda line: print(line, file=sys.stderr)) if options.trace else None
-    with ExitStack() as stack:
-        url = options.url
-        if url is None:
-            if TYPE_CHECKING or not __package__:
-                import server
-            else:
-                from . import server
-            app = server.create_app(
-                benchmark.BenchmarkEnvironment,
-                benchmark.BenchmarkAction,
-                benchmark.BenchmarkObservation,
-            )
-            url = stack.enter_context(app.start()).url
-        client_cls = BenchmarkEnv if options.http else BenchmarkEnvWS
-        env = stack.enter_context(client_cls(url, trace=trace))
+    with (BenchmarkEnv if options.http else BenchmarkEnvWS)(url, trace=trace) as env:
         env.reset()
         for message in options.messages:
-            result = env.step(benchmark.BenchmarkAction(message=message))
-            observation = result.observation
-            print(
-                f"{observation.echoed_message!r} length {observation.message_length} reward {result.reward}"
-            )
+            result = env.step(BenchmarkAction(message=message))
+            seen, reward = result.observation, result.reward
+            echo, length = seen.echoed_message, seen.message_length
+            say(f"{echo!r} length {length} reward {reward}")
 
 
-def _run_bench(options: Any) -> None:
-    import subprocess
+def say(line: str) -> None:
+    """Print a line; what standard output cannot show is escaped.
 
-    server = None
-    if options.url is None:
-        command = [sys.executable, os.path.join(os.path.dirname(__file__), "server.py")]
-        if __package__:
-            command = [sys.executable, "-m", f"{__package__}.server"]
-        command += ["--port", "0", "--log-level", "warning"]
-        command += ["--max-concurrent-envs", str(options.sessions)]
-        server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        assert server.stdout
-        line = server.stdout.readline()
-        if not line:
-            raise ImportError
-        options.url = line.partition(" on ")[2].partition(": ")[0]
-    on_terminal = sys.stderr.isatty()
-    raise_file_limit()
-    try:
-        result = bench(
-            options.url,
-            options.bench,
-            options.sessions,
-            options.size,
-            options.http,
-            (lambda text: print(f"\r{text} ", end="", file=sys.stderr, flush=True))
-            if on_terminal
-            else None,
-        )
-    finally:
-        if server:
-            server.terminate()
-            server.communicate()
-    if on_terminal:
-        print("\r", end="", file=sys.stderr)
-    if options.json:
-        print(json.dumps(result))
+    Raises:
+        OSError: it is full or closed. Nothing more is written to it.
+    """
+    if sys.stdout is None:
         return
-    for name, value in result.items():
-        print(
-            f"{name:>16}  {value:,}"
-            if isinstance(value, (int, float))
-            else f"{name:>16}  {value}"
-        )
-
-
-def raise_file_limit() -> None:
-    """Make room for a thousand sockets, as far as the system lets us."""
+    encoding = sys.stdout.encoding or "utf-8"
     try:
-        import resource
-
-        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    except (ImportError, ValueError, OSError):
-        pass  # Windows has no such limit; elsewhere the old one stays
+        print(line.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise
 
 
 if __name__ == "__main__":
