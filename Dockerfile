@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 # The Benchmark environment on port 8000. Python is all it needs.
 FROM python:3.13-slim
 
