@@ -42,7 +42,6 @@ from base64 import b64encode
 from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
 from enum import Enum
-from hashlib import sha1
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, Union
 from urllib.parse import quote, urlsplit
@@ -102,6 +101,8 @@ class ConnectionClosed(ConnectionError):
 
 def accept_key(key: str) -> str:
     """Return the ``Sec-WebSocket-Accept`` that answers a ``Sec-WebSocket-Key`` (4.2.2)."""
+    from hashlib import sha1  # here: it brings 1 MB of OpenSSL into memory
+
     guid = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
     return b64encode(sha1((key + guid).encode("latin-1")).digest()).decode()
 

@@ -6,6 +6,27 @@ a free port; conditions are waited for, not times. Raw sockets here speak WebSoc
 code of their own (`RawPeer`), so that client.py is not judged by itself.
 
 ``python3 test_benchmark.py --bench 5`` measures a server instead (``--bench 1 --help``).
+
+What is promised, and the class that tests it (each role of RFC 6455 from one table):
+
+    the environment: reset, step, rewards        EnvironmentTest
+    RFC 6455: frames, masks, closes, UTF-8       ProtocolTest, ClientProtocolTest
+    a WebSocket on a socket: waits, ends         WebSocketTest, ClientWebSocketTest
+    the opening handshake, either side           HandshakeTest, UpgradeTest
+    JSON read as dataclasses; JSON Schema        ReadJsonTest, SchemaTest
+    the clients, their errors and timeouts       ClientTest
+    HTTP to the letter; OpenAPI                  HTTPTest
+    the pages of other sites are kept out        OriginTest
+    OpenEnv's messages; what fails in them       MessageTest, FailureTest
+    quick environments, and those that wait      ServingTest, OwnThreadTest
+    what is said when an app is made             AppTest
+    sessions, capacity, slow peers, the end      SessionTest
+    the command lines and their mistakes         CommandLineTest
+    the web page, in Chromium                    PageTest
+    README.md: commands, transcripts, bytes      ReadmeExamplesTest, ReadmeWebSocketTest
+    making an environment; copying the files     OwnEnvironmentTest, CopiesTest
+    Dockerfile, openenv.yaml, options; nginx     ProjectFilesTest, NginxTest
+    openenv's clients, tools and server          InteroperationTest
 """
 
 # ruff: noqa: UP007  # Python 3.9 needs Union where types are values
