@@ -3587,7 +3587,8 @@ class PageTest(unittest.TestCase):
         self.click("#ask")
         self.shows(observation="named")
         last = self.download()[-1]
-        self.assertLessEqual({"type": "reset", "step": 0}.items(), last.items())
+        found = last["type"], last["step"], last["failed"]
+        self.assertEqual(found, ("reset", 0, False))
         self.assertEqual(last["data"], {"seed": 7, "episode_id": "named"})
 
     def test_play_draws_a_form(self) -> None:
@@ -3685,6 +3686,9 @@ class PageTest(unittest.TestCase):
         self.assertTrue(self.evaluate(leave))
         self.step(message="x")
         self.assertFalse(self.evaluate(leave))
+        self.click("#reset button")
+        self.shows(count="0")
+        self.assertTrue(self.evaluate(leave))
 
     # -- Messages -----------------------------------------------------------------
 
