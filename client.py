@@ -367,8 +367,9 @@ def _shorten(text: str) -> str:
 
 # -- a protocol on a socket ----------------------------------------------------
 
-# Bytes of a read, and of one within a large frame. How many messages, and bytes of them,
-# may wait in the inbox before no more are read.
+# Bytes of a read (a whole record of TLS: of what stays behind no event would tell), and of
+# one within a large frame. How many messages, and bytes of them, may wait in the inbox
+# before no more are read.
 _READ, _LARGE_READ, _HELD_MESSAGES, _HELD_BYTES = 1 << 14, 1 << 20, 100, 1 << 20
 # Speed: the only connection of a process polls for so many seconds before it sleeps. To be
 # woken takes longer than a short step: a lone session makes 1.6 times the steps.
@@ -397,8 +398,7 @@ class WebSocket:
         self.at_end = False  # whether nothing more can be read from the socket
         self._lock = threading.Lock()
         self._receiving = False  # whether the owner is in `recv`, and reads by himself
-        self._sent_at = self._received_at = time.monotonic()  # when bytes last moved
-        self._began, self._got = self._sent_at, 0  # of an unfinished message
+        self.sent = self.received = 0  # bytes, for who watches the peer's pace
 
     @classmethod
     def connect(
@@ -441,20 +441,6 @@ class WebSocket:
         # Who receives reads on while this end sends: else both ends might wait for the other.
         return many or len(self.protocol.outbox) > _HELD_BYTES * self._receiving
 
-    def stalled(self, seconds: float, rate: float) -> bool:
-        """Whether the peer took nothing of what waits, or sent nothing of what it has
-        begun, for so many seconds, or sends a message below ``rate`` bytes per second.
-        """
-        with self._lock:
-            now = time.monotonic()
-            if self.protocol.outbox:
-                return now > self._sent_at + seconds
-            self._sent_at = now  # this clock and the next stand still
-            if self.full or not self.protocol.unfinished:
-                self._received_at = self._began = now
-            slowest = self._began + seconds + self._got / rate
-            return now > min(self._received_at + seconds, slowest)
-
     def tend(self) -> None:
         """Send what waits, receive what has come, and so answer pings; never wait."""
         with self._lock:
@@ -480,15 +466,14 @@ class WebSocket:
         try:
             while True:
                 with self._lock:
+                    if not self.protocol.inbox:
+                        self._move(True)
                     if self.protocol.inbox:
                         return self.protocol.inbox.popleft()
-                    self._move(False)  # answers a Close that was behind a message
                     if self.protocol.closed:
                         raise ConnectionClosed(*self.protocol.closed.args)
                 if not self._wait(deadline, eager, receiving=True):
                     raise TimeoutError(f"no message within {self.timeout} s")
-                with self._lock:
-                    self._move(True)
         finally:
             self._receiving = False
 
@@ -570,8 +555,9 @@ class WebSocket:
         if not outbox:
             return
         try:
-            del outbox[: self.sock.send(outbox)]
-            self._sent_at = time.monotonic()
+            sent = self.sock.send(outbox)
+            self.sent += sent
+            del outbox[:sent]
         except _WOULD_BLOCK:
             pass
         except OSError:  # what the peer sent before it went is still to be read
@@ -580,7 +566,6 @@ class WebSocket:
     def _receive(self) -> None:
         """Give the protocol what has come, one read of it."""
         protocol = self.protocol
-        messages, unfinished = len(protocol.inbox), protocol.unfinished
         try:
             data = self.sock.recv(max(_READ, min(protocol.expected, _LARGE_READ)))
         except _WOULD_BLOCK:
@@ -592,11 +577,8 @@ class WebSocket:
         if not data:
             self.at_end = True
             return protocol.receive_eof()
+        self.received += len(data)
         protocol.receive(data)
-        self._received_at = time.monotonic()
-        if not unfinished or len(protocol.inbox) > messages:
-            self._began, self._got = self._received_at, 0
-        self._got += len(data)
 
     def _wait(
         self, deadline: float, eager: float = 0.0, receiving: bool = False
@@ -609,8 +591,6 @@ class WebSocket:
             return False
         if self.at_end and not write:
             return True  # there is nothing to wait for
-        if read and hasattr(sock, "pending") and sock.pending():
-            return True  # TLS holds bytes already
         left = min(deadline - now, 60.0)
         if not hasattr(select, "poll"):  # Windows
             select.select([sock] if read else [], [sock] if write else [], [], left)

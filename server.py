@@ -1196,6 +1196,8 @@ class Connection:
         self.busy = False  # whether a message is being answered
         self.finished = False  # whether the socket may be closed
         self._last = False  # whether no more messages are answered
+        self._moved_at = self._began_at = time.monotonic()  # by the peer: bytes, a message
+        self._moved, self._before = ("in", 0), 0  # where the bytes' counters stood then
         self._arrived = threading.Event()  # tells the session's own thread to look
 
     def begin(self, early: bytes) -> None:
@@ -1259,7 +1261,7 @@ class Connection:
         # In this order: a message that is taken meanwhile shows as busy, its end as used.
         idle = (self._last or not protocol.inbox) and not self.busy
         used = self.session.used if self.session else now
-        if ws.stalled(HEADER_SECONDS, SLOWEST_RATE):
+        if self._stalled(now):
             log.debug("%s has stalled", self.address)
             self.deadline = now
         elif idle and self.server.stopping:
@@ -1268,6 +1270,18 @@ class Connection:
             ws.start_closing(GOING_AWAY, f"the session was idle for {timeout:g} s")
         ending = protocol.close_sent or protocol.closed or now >= self.deadline
         return bool(ending) or self.events != selectors.EVENT_READ
+
+    def _stalled(self, now: float) -> bool:
+        """Whether the peer takes nothing, or is too slow with a message it has begun."""
+        ws, protocol = self.ws, self.ws.protocol
+        moved = ("out", ws.sent) if protocol.outbox else ("in", ws.received)
+        unfinished = protocol.unfinished and not ws.full
+        if moved != self._moved or not (unfinished or protocol.outbox):
+            self._moved, self._moved_at = moved, now
+        if not unfinished:
+            self._began_at, self._before = now, ws.received
+        slowest = self._began_at + (ws.received - self._before) / SLOWEST_RATE
+        return now > min(self._moved_at, slowest) + HEADER_SECONDS
 
     def leave(self) -> None:
         """End the session, or have its own thread do so: the connection is gone."""
@@ -1301,6 +1315,7 @@ class Connection:
             message = None if self._last else self.ws.take()
             if message is None:
                 return False
+            self._began_at, self._before = time.monotonic(), self.ws.received
             if self.events == 0 or self.ws.protocol.ending:
                 self.server.reader.wake(self)  # there is room, or a Close to answer
             with session.lock:

@@ -779,8 +779,6 @@ class WebSocketTest(unittest.TestCase):
             ws.tend()
         self.assertTrue(0 < len(ws.protocol.outbox) < 50_000)
         self.assertIsNone(ws.take())  # an answer to it would only pile up
-        self.assertTrue(ws.stalled(-1, 1))
-        self.assertFalse(ws.stalled(PATIENCE, 1))
         with self.assertRaises(TimeoutError):
             ws.send("x")
         self.assertEqual(self.ended(ws), 1006)
