@@ -1196,7 +1196,9 @@ class Connection:
         self.busy = False  # whether a message is being answered
         self.finished = False  # whether the socket may be closed
         self._last = False  # whether no more messages are answered
-        self._moved_at = self._began_at = time.monotonic()  # by the peer: bytes, a message
+        self._moved_at = self._began_at = (
+            time.monotonic()
+        )  # by the peer: bytes, a message
         self._moved, self._before = ("in", 0), 0  # where the bytes' counters stood then
         self._arrived = threading.Event()  # tells the session's own thread to look
 
