@@ -1195,11 +1195,10 @@ class Connection:
         self.deadline = float("inf")  # by then the closing handshake is over
         self.busy = False  # whether a message is being answered
         self.finished = False  # whether the socket may be closed
-        self._last = False  # whether no more messages are answered
-        self._moved_at = self._began_at = (
-            time.monotonic()
-        )  # by the peer: bytes, a message
-        self._moved, self._before = ("in", 0), 0  # where the bytes' counters stood then
+        # When the peer last moved bytes, and began the message that it is sending; and where
+        # the counters of bytes stood then.
+        self._moved_at = self._began_at = time.monotonic()
+        self._moved, self._before = ("in", 0), 0
         self._arrived = threading.Event()  # tells the session's own thread to look
 
     def begin(self, early: bytes) -> None:
@@ -1236,37 +1235,30 @@ class Connection:
                 self.ws.start_closing(protocol.ending.code)  # not after the step
             if protocol.inbox or protocol.closed:
                 self._arrived.set()
-        if protocol.close_sent or protocol.closed:
+        if (protocol.close_sent or protocol.closed) and not protocol.outbox:
             self.deadline = min(self.deadline, now + LINGER_SECONDS)
         # The peer may count on its place from then on, unless the environment takes long.
+        over = session is None or session.closed
         slow = now > self.deadline - LINGER_SECONDS + TICK_SECONDS
-        if protocol.closed and (self.over or self.calling or slow):
+        if protocol.closed and (over or slow):
             self.ws.end()  # and if nothing more can come, it is finished
             done = protocol.close_received and not protocol.outbox
             self.finished = done or self.ws.at_end
         self.finished = self.finished or now >= self.deadline
         return again
 
-    @property
-    def over(self) -> bool:
-        """Whether the session has ended, and its place is free."""
-        return self.session is None or self.session.closed
-
-    @property
-    def calling(self) -> bool:
-        """Whether the environment is being called."""
-        return self.session is not None and self.session.lock.locked()
-
     def tick(self, now: float) -> bool:
         """Begin to end what is stalled, idle or to stop; return whether to take a turn."""
         ws, protocol, timeout = self.ws, self.ws.protocol, self.app.session_timeout
         # In this order: a message that is taken meanwhile shows as busy, its end as used.
-        idle = (self._last or not protocol.inbox) and not self.busy
+        idle = not (protocol.inbox or self.busy)
+        if self.session and protocol.outbox:
+            self.session.used = now  # the peer is taking an answer
         used = self.session.used if self.session else now
         if self._stalled(now):
             log.debug("%s has stalled", self.address)
             self.deadline = now
-        elif idle and self.server.stopping:
+        elif self.server.stopping and not self.busy:
             ws.start_closing(GOING_AWAY, "the server is shutting down")
         elif idle and now - used > timeout:
             ws.start_closing(GOING_AWAY, f"the session was idle for {timeout:g} s")
@@ -1314,7 +1306,8 @@ class Connection:
         """Answer one message that has arrived; return whether there was one."""
         self.busy = True
         try:
-            message = None if self._last else self.ws.take()
+            # What waits when the server stops is not begun.
+            message = None if self.server.stopping else self.ws.take()
             if message is None:
                 return False
             self._began_at, self._before = time.monotonic(), self.ws.received
@@ -1329,7 +1322,6 @@ class Connection:
             self._send(answer)
             return True
         finally:
-            self._last = self.server.stopping  # what still waits is not begun
             self.busy = False
 
     def _send(self, answer: str | None) -> None:
@@ -1341,7 +1333,7 @@ class Connection:
                 self.ws.send(answer, wait=False)
         except ConnectionClosed as closed:  # nobody waits for it any more
             log.debug("%s %s", self.address, closed)
-        if self.ws.protocol.outbox and not self.app.never_waits:
+        if self.ws.protocol.outbox:
             self.server.reader.wake(self)
 
     def _refuse(self, failure: Failure) -> None:
