@@ -21,15 +21,8 @@ from typing import TYPE_CHECKING, Any, Optional
 from uuid import uuid4
 
 __version__ = "1.0.0"
-__all__: list[str] = ["BenchmarkAction", "BenchmarkEnvironment"]
-__all__ += ["BenchmarkObservation", "BenchmarkState"]
-if TYPE_CHECKING:  # inside a package this is not found, and `__getattr__` counts
-    import client  # type: ignore[import-not-found,unused-ignore]
-    from client import *  # type: ignore[import-not-found,unused-ignore]
-
-    __all__ += client.__all__
-else:
-    __all__ += ["BenchmarkEnv", "BenchmarkEnvWS", "StepResult"]
+__all__ = ["BenchmarkAction", "BenchmarkEnvironment", "BenchmarkObservation"]
+__all__ += ["BenchmarkEnv", "BenchmarkEnvWS", "BenchmarkState", "StepResult"]
 
 
 @dataclass
@@ -118,6 +111,12 @@ class BenchmarkEnvironment:
 
     def close(self) -> None:
         """Free what the environment holds: here, nothing. Called once, when its session ends."""
+
+
+if TYPE_CHECKING:  # below what client.py takes; a star that is not found names nothing
+    from client import *  # type: ignore[import-not-found,unused-ignore]
+
+    from .client import *  # type: ignore[import-not-found,unused-ignore]
 
 
 def __getattr__(name: str) -> Any:

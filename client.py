@@ -46,17 +46,17 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, Union
 from urllib.parse import quote, urlsplit
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # a star that is not found names nothing
     from typing import Self
+
+    from benchmark import *  # type: ignore[import-not-found,unused-ignore]
 
 if __name__ == "__main__" and not (__package__ or find_spec("benchmark")):
     sys.exit("client.py: benchmark.py is not beside it, or Python's -I or -P hides it")
-if TYPE_CHECKING and __package__:  # a star that is not found names nothing
-    from .benchmark import *  # type: ignore[import-not-found,unused-ignore]
-elif not TYPE_CHECKING and __package__:  # the files were copied into a package
-    from .benchmark import BenchmarkAction, BenchmarkObservation, BenchmarkState
+if TYPE_CHECKING or __package__:  # the files were copied into a package
+    from .benchmark import BenchmarkAction, BenchmarkObservation, BenchmarkState  # type: ignore[import-not-found,no-redef,unused-ignore]
 else:
-    from benchmark import BenchmarkAction, BenchmarkObservation, BenchmarkState  # type: ignore[import-not-found,no-redef,unused-ignore]
+    from benchmark import BenchmarkAction, BenchmarkObservation, BenchmarkState
 
 # What server.py takes from here, and who has the files in a package.
 __all__: list[str] = [

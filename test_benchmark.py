@@ -4338,17 +4338,24 @@ for cls in BenchmarkEnv, BenchmarkEnvWS:
             (here / "training.py").write_text(code)
             shown = output_of([str(MYPY), "--strict", "--cache-dir=cache", "."], here)
             found = re.findall(r'Revealed type is "(.*?)"', shown)
-            self.assertEqual(found, [f"{prefix}benchmark.BenchmarkObservation"] * 3)
+            self.assertIn("Success: no issues found", shown)
+            self.assertEqual(found, [f"{prefix}benchmark.BenchmarkObservation"] * 6)
 
     TYPES = """
+import DOT.client
 from DOT.benchmark import BenchmarkAction, BenchmarkEnvironment
-from DOT.client import BenchmarkEnv, BenchmarkEnvWS
+from DOT.benchmark import BenchmarkEnv, BenchmarkEnvWS, StepResult
 
 action = BenchmarkAction("Hi")
 reveal_type(BenchmarkEnvironment().step(action))
 with BenchmarkEnv("localhost:8000") as over_http:
     reveal_type(over_http.step(action).observation)
 with BenchmarkEnvWS("localhost:8000") as env:
+    reveal_type(env.step(action).observation)
+reveal_type(StepResult(env.reset().observation).observation)
+with DOT.client.BenchmarkEnv("localhost:8000") as over_http:
+    reveal_type(over_http.step(action).observation)
+with DOT.client.BenchmarkEnvWS("localhost:8000") as env:
     reveal_type(env.step(action).observation)
 """
 
