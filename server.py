@@ -821,12 +821,11 @@ class Handler(BaseHTTPRequestHandler):
         """Read field lines up to the empty one; names in lower case, repeated ones joined."""
         fields: dict[str, str] = {}
         size = 0
-        while True:
+        for _ in range(MAX_HEADERS + 1):
             line = self.rfile.readline(MAX_LINE + 1)
             size += len(line)
-            if size > MAX_LINE or len(fields) > MAX_HEADERS:
-                limits = f"{MAX_LINE} bytes or {MAX_HEADERS} fields"
-                raise Failure(431, f"the header is over {limits}")
+            if size > MAX_LINE:
+                break
             if line in (b"\r\n", b"\n"):
                 return fields
             if not line.endswith(b"\n"):
@@ -836,6 +835,8 @@ class Handler(BaseHTTPRequestHandler):
                 raise Failure(400, "a header line is not: Name: value")
             name, value = match[1].lower(), match[2].strip(" \t")
             fields[name] = f"{fields[name]}, {value}" if name in fields else value
+        limits = f"{MAX_LINE} bytes or {MAX_HEADERS} lines"
+        raise Failure(431, f"the header is over {limits}")
 
     def _call_route(self) -> str | None:
         """Read the body, and return the JSON that answers; None if the route has answered."""
@@ -1565,7 +1566,7 @@ _CODES = {  # status: what it means, and the ``detail`` of an example
     "417": ("What is expected is not known", "the only Expect known is 100-continue"),
     "422": ("The request breaks its schema: every fault is listed", ""),
     "426": ("A WebSocket handshake is needed", "this is a WebSocket endpoint"),
-    "431": ("The header is too large", "the header is over 65536 bytes or 100 fields"),
+    "431": ("The header is too large", "the header is over 65536 bytes or 100 lines"),
     "500": ("The environment failed, and lives on", "division by zero"),
     "501": ("The coding is not known", "the only Transfer-Encoding known is chunked"),
     "503": ("The server is full", "Server at capacity: 1 of 1 sessions are open"),
@@ -1765,7 +1766,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (OSError, OverflowError, UnicodeError) as error:
         address = f"--host {options.host} --port {options.port}"
         _refuse(f"cannot listen on {address}: {error}")
-    _raise_file_limit()
+    raise_file_limit()
     # Speed: made and freed. glibc's malloc takes its measure from it (mallopt(3),
     # M_MMAP_THRESHOLD), and keeps the memory of a large message for the next: 1.5 at 1 MB.
     bytes(8 << 20)
@@ -1832,7 +1833,7 @@ def load_environment(
         error(f"--env {name}: its step needs type hints: {wanted}")
 
 
-def _raise_file_limit() -> None:
+def raise_file_limit() -> None:
     """Make room for a thousand sockets, as far as the system lets us."""
     try:
         import resource
