@@ -2124,10 +2124,11 @@ class ServingTest(ToldCase):
     def test_answer_that_is_taken_slowly_is_taken_whole(self) -> None:
         """Neither idleness nor a Close behind it may cut it."""
         Told.gives["huge"] = BenchmarkObservation("x" * (1 << 24))
-        self.running.app.session_timeout = 0.2
         with constants(LINGER_SECONDS=0.2, TICK_SECONDS=0.05):
             self.first.send(step_frame("huge"))
             self.second.send(step_frame("huge") + text_frame({"type": "close"}))
+            wait_until(lambda: Told.calls.count("huge") == 2)
+            self.running.app.session_timeout = 0.2
             time.sleep(1)
             for peer, code in ((self.first, 1001), (self.second, 1000)):
                 observation = peer.message()["data"]["observation"]
