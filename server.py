@@ -1923,10 +1923,8 @@ def page() -> tuple[bytes, str]:
 
 PAGE = r"""<!doctype html>
 <html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width">
-<title>OpenEnv</title>
-<link rel="icon" href="data:,">
+<meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>OpenEnv</title><link rel="icon" href="data:,">
 <style>
 :root {
   color-scheme: light dark; font: 94%/1.5 system-ui, sans-serif;
@@ -1944,40 +1942,44 @@ a, summary b { display: inline-block; min-width: 3.5rem; color: var(--accent); }
 a, summary { padding: 0.25rem 0; }
 header, section, button, select, textarea { border-radius: 8px; background: Canvas; }
 header, section { padding: 1.25rem; border: 1px solid #8884; }
-section, form, form > div { display: flex; flex-direction: column; gap: 0.75rem; }
+section, form, form > div, #result { display: flex; flex-direction: column; gap: 0.75rem; }
 header, form p, #figures { display: flex; flex-wrap: wrap; align-items: center; gap: 0.5rem 1rem; }
 #status { flex: 1 1 7rem; }
 label { flex: 1; }
-#about, #full { flex: 1 1 80%; }
+#about, #full, #step span, #reset span { flex: 1 1 100%; min-height: 1.5em; }
 main, main > * + * { margin-top: 1rem; }
 #reset { padding-top: 1rem; }
 #reset > div { flex-direction: row; }
 button, select, textarea { padding: 0.3rem 0.7rem; border: 1px solid var(--muted); font: inherit; }
 select, textarea { display: block; width: 100%; margin: 0.25rem 0; }
-textarea { field-sizing: content; max-height: 20rem; }
-pre, code, dd, textarea { font: 0.875rem/1.5 Menlo, Consolas, monospace; }
-pre, code, dd { white-space: pre-wrap; unicode-bidi: plaintext; }
+textarea { field-sizing: content; max-height: 20rem; unicode-bidi: isolate; }
+pre, code, dd, textarea { font: 0.875rem/1.5 Menlo, Consolas, monospace; white-space: pre-wrap; }
+dd { unicode-bidi: plaintext; }
 pre { overflow: auto; max-height: 24rem; padding: 0.75rem; background: var(--page); }
 pre * + * { display: inline-block; content-visibility: auto; contain-intrinsic-height: 30em; }
 .primary:not(:disabled) { background: var(--accent); color: Canvas; }
 [role=alert], :invalid:not(form) { border-color: currentcolor; color: var(--fault); }
 dl { display: grid; gap: 0.25rem 1rem; grid-template-columns: fit-content(50%) 1fr; }
-#figures div { min-width: 4rem; }
-#figures dd { font-size: min(1.5rem, 5vw); }
+#figures { container-type: inline-size; }
+#figures div { min-width: 3.5rem; }
+#figures dd { font-size: min(1.5rem, 6.8cqi); }
 #figures dd, #high, #low { min-height: 1.5em; }
+#result { position: sticky; top: 1rem; flex: 1; max-height: 36rem; }
 #observation { align-content: start; overflow: auto; height: 8rem; }
-svg { flex: 1 0 5rem; overflow: visible; border-bottom: 1px solid #8884; }
+svg { flex: 1 0 5rem; min-height: 0; overflow: visible; border-bottom: 1px solid #8884; }
 #line { fill: none; stroke: var(--accent); stroke-width: 2; stroke-linecap: round; }
 #line { vector-effect: non-scaling-stroke; }
 #scroll, #log { flex: 1 1 20rem; overflow: auto; }
-table { width: 100%; border-collapse: collapse; }
+table { width: 100%; border-collapse: collapse; font-size: 0.875rem; }
 #scroll, td:first-child { white-space: nowrap; }
-th, td { padding: 0.25rem 1rem 0.25rem 0; text-align: left; vertical-align: top; }
+th, td { padding: 0.25rem 0.75rem 0.25rem 0; text-align: left; vertical-align: top; }
 #rows td:last-child { width: 99%; min-width: 20rem; }
 tr, details, #reset { border-top: 1px solid #8884; }
 details > * + * { margin-top: 0.5rem; }
 details div div { padding: 0.5rem 0 0 1rem; }
 #log code, #rows code { display: block; }
+#log [open] code { display: none; }
+#api td { overflow-wrap: normal; }
 #play { display: grid; gap: 1rem; }
 @media (min-width: 46rem) {
   #play { grid-template-columns: 1fr 1fr; }
@@ -1995,26 +1997,24 @@ details div div { padding: 0.5rem 0 0 1rem; }
 <header>
 <h1 id="name">OpenEnv</h1>
 <p id="status" role="status"></p>
-<button id="connect">Connect</button>
-<p id="about"></p>
 <nav><a href="#play">Play</a><a href="#api">API</a></nav>
-<p id="full" role="alert" hidden>The server is full: close another session
-  (<a href="#post_close">here</a>, if Try it opened it), let its step end, or raise
-  --max-concurrent-envs.
+<button id="connect">Connect</button>
+<p id="about" dir="auto"></p>
+<p id="full" role="alert" hidden>The server is full.
+  <button id="evict">Close the session of Try it</button> or another tab, let its step end,
+  or raise --max-concurrent-envs.
 </header>
 <main id="main" spellcheck="false" hidden>
 <div id="play">
 <section><h2>Action <small>Enter steps; Shift+Enter: new line</small></h2>
-<form id="step">
-  <div></div>
+<form id="step"><div></div>
   <p><button class="primary">Step</button><span role="alert"></span>
 </form>
-<form id="reset">
-  <div></div>
+<form id="reset"><div></div>
   <p><button>Reset</button><button type="button" id="ask">State</button>
     <span role="alert"></span>
 </form></section>
-<section><h2>Result <small id="clock"></small></h2>
+<section><div id="result"><h2>Result <small id="clock"></small></h2>
 <dl id="figures" aria-live="polite">
   <div><dt>Step<dd id="count"></div><div><dt>Reward<dd id="reward"></div>
   <div><dt>Total<dd id="total"></div><div><dt>Done<dd id="done"></div>
@@ -2025,7 +2025,7 @@ details div div { padding: 0.5rem 0 0 1rem; }
 <small id="high"></small>
 <svg viewBox="0 0 100 40" preserveAspectRatio="none"><polyline id="line"/></svg>
 <small id="low"></small>
-</section>
+</div></section>
 <section id="wire"><h2>Messages</h2>
 <form id="hand">
   <p id="presets"></p>
@@ -2043,7 +2043,7 @@ details div div { padding: 0.5rem 0 0 1rem; }
 </div>
 <section id="api"><h2>API</h2>
 <label><b>X-Session-Id</b><textarea id="session"></textarea>
-  <small>a session of your own: for /reset, /step, /state and /close</small></label>
+  <small>a session of your own, 1 to 255 characters: for /reset, /step, /state, /close</small></label>
 <div id="operations"></div>
 <h3>WebSocket /ws: a connection is a session</h3>
 <table>
@@ -2058,9 +2058,9 @@ details div div { padding: 0.5rem 0 0 1rem; }
 <tr><td>INVALID_JSON<td>the text is not JSON
 <tr><td>UNKNOWN_TYPE<td>the type is unknown or missing
 <tr><td>VALIDATION_ERROR<td>the message breaks its schema
-<tr><td>EXECUTION_ERROR<td>the environment raised
+<tr><td>EXECUTION_ERROR<td>the environ&shy;ment raised
 <tr><td>CAPACITY_REACHED<td>the server is full; closes (1013)
-<tr><td>FACTORY_ERROR<td>making the environment failed; closes (1011)
+<tr><td>FACTORY_ERROR<td>making the environ&shy;ment failed; closes (1011)
 <tr><td>SESSION_ERROR<td>anything else; closes (1011)
 </table></section></main>
 <script>
@@ -2080,10 +2080,8 @@ const block = text => el('pre',
   (text.match(/.{1,4000}/gsu) ?? []).map(piece => el('span', piece)), {tabIndex: 0});
 const clip = text => text.length > 400 ? `${text.slice(0, 400)}… see Messages` : text;
 
-function duration(ms) {
-  if (ms === undefined) return '';
-  return ms < 1000 ? `${+ms.toPrecision(2)} ms` : `${(ms / 1000).toFixed(1)} s`;
-}
+const duration = ms =>
+  ms < 1000 ? `${+ms.toPrecision(2)} ms` : `${(ms / 1000).toFixed(1)} s`;
 
 // A number that reads as it was written; an old browser keeps 17 digits.
 class Numeral extends Number {
@@ -2093,7 +2091,7 @@ class Numeral extends Number {
 }
 const revive = (key, value, context) =>
   typeof value === 'number' ? new Numeral(context?.source ?? `${value}`) : value;
-const parse = text => { try { return JSON.parse(text, revive); } catch { /* no JSON */ } };
+const parse = text => { try { return JSON.parse(text, revive); } catch {} };
 const write = (value, indent) => JSON.stringify(value, null, indent) ?? '';
 const words = value => typeof value === 'string' ? value : write(value);
 const indented = text => write(parse(text), 2) || text;
@@ -2108,7 +2106,7 @@ function connect() {
   socket.onopen = () => { show('● Connected'); $('reset').requestSubmit(); };
   socket.onmessage = ({data: text}) => {
     const answer = parse(text), latency = waiting && performance.now() - waiting.start;
-    log('← received', text, latency);
+    log('← received', text, waiting && duration(latency));
     waiting = waiting?.resolve({...answer, latency});
   };
   socket.onclose = ({code, reason}) => {
@@ -2155,14 +2153,15 @@ function complain(form, text, errors = []) {
 }
 
 const played = [];  // each reset and step since the page was opened
-let rewards = [];
+let rewards = [], stepped;  // in this episode
 
 async function take(text, form) {
+  const sent = parse(text);
+  stepped ||= sent?.type === 'step';  // also while it runs
   const {type, data: answer, latency} = await ask(text);
   const failed = type === 'error';
   complain(form, failed ? `${answer.code}: ${answer.message}` : '', answer.errors);
   if (type === 'state') observe(answer);
-  const sent = parse(text);
   const refused = answer.errors || /CAPACITY|FACTORY/.test(answer.code);
   if (refused || !/^(reset|step)$/.test(sent?.type)) return;
   // Only the environment knows whether a step that failed counts.
@@ -2170,12 +2169,13 @@ async function take(text, form) {
     ?? (await ask(STATE).catch(() => ({}))).data?.step_count ?? '?';
   const {reward, done, observation = {error: answer.message}} = answer;
   played.push({...sent, step, failed, answer, latency_ms: latency});
-  if (sent.type === 'reset' && !failed) rewards = [];
+  if (sent.type === 'reset' && !failed) [rewards, stepped] = [[], false];
   if (sent.type === 'step' && reward instanceof Number) rewards.push(+reward);
   const result = failed ? 'failed' : reward ?? 'none';
   const total = +rewards.reduce((sum, more) => sum + more, 0).toPrecision(15);  // without ...0004
   const figures = {count: step, reward: result, total, done: done ? 'yes' : 'no'};
   for (const id in figures) say(id, figures[id]);
+  say('clock', `Took ${duration(latency)}`);  // not the state
   $('done').className = done ? 'primary' : '';
   if (done) complain($('reset'), 'Done: Reset begins a new episode.');
   observe(observation);
@@ -2203,8 +2203,8 @@ function prepend(list, item) {
   if (list.childElementCount > 100) list.lastElementChild.remove();
 }
 
-function log(kind, text, latency) {
-  const time = `${new Date().toLocaleTimeString()} ${duration(latency)}`;
+function log(kind, text, took = '') {
+  const time = `${new Date().toLocaleTimeString()} ${took}`;
   const entry = el('details',
     el('summary', [el('b', kind), el('small', time), el('code', text.slice(0, 160))]));
   entry.addEventListener('toggle', () => entry.append(block(indented(text))), {once: true});
@@ -2244,10 +2244,10 @@ function drawForm(form, schema, sample) {
     const isText = type === 'string' && !choices;
     const options = choices ? [undefined, ...choices] : [];
     const control = el(choices ? 'select' : 'textarea',
-      options.map(value => el('option', words(value), {value: write(value)})));
+      options.map(value => el('option', words(value), {value: write(value)})),
+      {name: `data.${name}`, dir: isText ? 'auto' : 'ltr'});  // no name that a form has itself
     control.value = isText ? preset ?? ''
       : write(preset ?? (isRequired ? sample[name] : undefined));
-    control.name = `data.${name}`;  // no name that a form has itself
     control.oninput = () => control.setCustomValidity(isText || !control.value
       || parse(control.value) !== undefined ? '' : 'Write JSON, as 1.5');
     members.push(() => {
@@ -2280,8 +2280,7 @@ function operation(path, method, {parameters, requestBody, responses, ...details
   const box = schema && el('textarea', write(example, 2));
   const result = el('div', '', {role: 'status'});
   const onclick = async () => {
-    const body = box?.value, id = parameters && $('session').value;
-    const headers = [];
+    const body = box?.value, id = parameters && $('session').value, headers = [];
     if (body) headers.push(['Content-Type', 'application/json']);
     if (id) headers.push(['X-Session-Id', id]);
     const response = await timed(result, fetch(`.${path}`, {method, headers, body}))
@@ -2308,8 +2307,7 @@ function operation(path, method, {parameters, requestBody, responses, ...details
 // ---- The page
 function openNamed() {
   const target = $(location.hash.slice(1));
-  if (target) target.open = true;
-  target?.scrollIntoView();
+  if (target) { target.open = true; target.scrollIntoView(); }
 }
 
 async function main() {
@@ -2330,6 +2328,7 @@ async function main() {
   $('presets').append(...presets.map(([type, data]) => el('button', type, {
     type: 'button', onclick() { $('message').value = write({type, data}); }})));
   $('ask').onclick = () => play($('reset'), STATE);
+  $('evict').onclick = () => $('post_close').querySelector('button').onclick().then(connect);
   $('connect').onclick = () => socket?.readyState < 3 ? socket.close(1000) : connect();
   $('download').onclick = () => {
     const href = URL.createObjectURL(new Blob([write(played, 2)]));
@@ -2342,7 +2341,7 @@ async function main() {
     event.preventDefault();
     if (!waiting) target.form.requestSubmit();  // held, it steps as fast as the environment answers
   };
-  onbeforeunload = event => { if (rewards.length) event.preventDefault(); };
+  onbeforeunload = event => { if (stepped) event.preventDefault(); };
   onhashchange = openNamed;
   $('main').hidden = false;
   if (location.pathname.endsWith('/docs')) $('main').prepend($('api'));

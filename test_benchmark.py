@@ -64,7 +64,6 @@ import time
 import typing
 import unittest
 import zipfile
-from base64 import b64decode
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -2649,23 +2648,30 @@ class CommandLineTest(unittest.TestCase):
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 CHROMIUM = next(filter(None, map(shutil.which, BROWSERS)), None)
 CHROMIUM_FLAGS = """
---headless=new --no-sandbox --disable-gpu --disable-quic --disable-sync --no-first-run
---disable-background-networking --disable-component-update --disable-dev-shm-usage
---disable-crash-reporter --disable-breakpad --disable-extensions --remote-debugging-port=0
---disable-site-isolation-trials --renderer-process-limit=1
+--headless=new --no-sandbox --disable-gpu --no-first-run --disable-dev-shm-usage
+--disable-background-networking --disable-crash-reporter --disable-breakpad
+--disable-site-isolation-trials --renderer-process-limit=1 --remote-debugging-port=0
 """
 ONLY_HERE = "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"
 KEYS = {"Enter": (13, "\r"), "Tab": (9, ""), "ArrowDown": (40, "")}
-SHIFT = 8
 SAID = r"Log\.entryAdded|Runtime\.(exceptionThrown|consoleAPICalled)"
 CONTROLS = ("button", "checkbox", "combobox", "link", "spinbutton", "textbox")
 MARKUP = "<img src=x onerror=window.hacked=1>"
 
-# Run in every document before its own scripts: short names for the tests; violations of
-# the policy, said aloud; and how much of the page has moved by itself.
+# Run in every document before its own scripts: short names for the tests, and where one
+# letter stands; violations of the policy, said aloud; how much has moved by itself.
 PREPARE = """
 const one = selector => document.querySelector(selector);
 const all = selector => [...document.querySelectorAll(selector)];
+const texts = selector => all(selector).map(e => e.value ?? e.textContent);
+const faulty = (selector, test) => all(selector)
+  .filter(e => e.checkVisibility() && test(e)).map(e => e.outerHTML.slice(0, 100));
+const letter = (text, index) => {
+  const range = new Range();
+  range.setStart(text, index);
+  range.setEnd(text, index + 1);
+  return range.getBoundingClientRect();
+};
 addEventListener('securitypolicyviolation', event => console.error('CSP', event.blockedURI));
 let moved = 0;
 new PerformanceObserver(list => {
@@ -2678,45 +2684,48 @@ OLDER = """{
   JSON.parse = (text, revive) => parse(text, revive && ((key, value) => revive(key, value)));
   delete JSON.rawJSON;
 }"""
-# Every visible text with less than the contrast that WCAG AA asks for.
-FAINT = r"""
-all('body *').filter(element => {
-  const parts = color => color.match(/[\d.]+/g).map(Number);
-  const light = color => parts(color).slice(0, 3).map(part => part / 255)
-    .map(part => part <= 0.04045 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4)
-    .reduce((sum, part, index) => sum + part * [0.2126, 0.7152, 0.0722][index], 0.05);
-  const paper = element => {
-    const color = getComputedStyle(element).backgroundColor;
-    return parts(color)[3] === 0 ? paper(element.parentElement) : color;
-  };
-  const hasText = [...element.childNodes].some(node => node.data?.trim());
-  if (!hasText || !element.checkVisibility() || element.matches(':disabled')) return false;
-  const ink = light(getComputedStyle(element).color), behind = light(paper(element));
-  return Math.max(ink, behind) < 4.5 * Math.min(ink, behind);
-}).map(element => element.outerHTML.slice(0, 100))
-"""
-# What is wider than its place and cannot be scrolled to, and a page wider than the screen.
-CUT = """
-all('td, dd, pre, textarea, summary, button, html').filter(element =>
-  element.checkVisibility() && element.scrollWidth > element.clientWidth + 1
-).map(element => element.outerHTML.slice(0, 100))
-"""
-# All that Tab is to reach; and what is wrong with where it has come to.
+# Visible text with less than the contrast that WCAG AA asks for; what is wider than its
+# place and cannot be scrolled to, or a page wider than the screen; a word or a number in
+# two lines.
+LOOKS = (
+    r"""faulty('body, body *', element => {
+      const light = color => color.match(/\d+/g).slice(0, 3).map(part => part / 255)
+        .map(part => part <= 0.04045 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4)
+        .reduce((sum, part, index) => sum + part * [0.2126, 0.7152, 0.0722][index], 0.05);
+      const {color, backgroundColor} = getComputedStyle(element);
+      if (!/, 0\)/.test(backgroundColor)) element.paper = light(backgroundColor);
+      else element.paper = element.parentElement.paper;  // which came before
+      const isText = [...element.childNodes].some(node => node.data?.trim());
+      const shades = [light(color), element.paper];
+      return isText && !element.disabled && Math.max(...shades) < 4.5 * Math.min(...shades);
+    })""",
+    """faulty('td, dd, pre, textarea, summary, button, html',
+      element => element.scrollWidth > element.clientWidth + 1)""",
+    r"""faulty('#figures dd, #api td, #rows td:not(:last-child), button', element => {
+      const text = element.firstChild, bottom = index => letter(text, index).bottom;
+      return [...text.data.matchAll(/[^\s\xad-](?=[^\s\xad])/g)]
+        .some(({index}) => bottom(index) < bottom(index + 1) - 9);
+    })""",
+)
+# All that Tab is to reach; and whether where it has come to is covered, or has no ring.
 WANTED = """
 document.activeElement.blur();
 window.wanted = new Set(all('a, button:enabled, select, textarea, summary, [tabindex="0"]')
   .filter(element => element.checkVisibility({visibilityProperty: true})));
 wanted.size
 """
-FOCUSED = """(() => {
-  const element = document.activeElement;
-  if (element === document.body) return '';  // once around
+FOCUSED = """faulty(':focus', element => {
   wanted.delete(element);
   const {x, y, width, height} = element.getBoundingClientRect();
   const top = document.elementFromPoint(x + Math.min(width, 40) / 2, y + Math.min(height, 20) / 2);
-  if (!element.contains(top)) return `${top?.outerHTML} covers ${element.outerHTML}`;
-  return getComputedStyle(element).outlineStyle === 'none' ? `no ring: ${element.outerHTML}` : '';
-})()"""
+  return !element.contains(top) || getComputedStyle(element).outlineStyle === 'none';
+})"""
+# Whether the last letter of a text stands on the right of its place.
+RIGHT = """['#observation dd', '#log pre'].map(selector => {
+  const {left, width} = one(selector).getBoundingClientRect();
+  const text = (one(`${selector} span`) ?? one(selector)).firstChild;
+  return letter(text, text.data.lastIndexOf('\u05e9')).left > left + width / 2;
+})"""
 
 
 class Browser:
@@ -2730,20 +2739,18 @@ class Browser:
         self.process = subprocess.Popen(
             command, stdin=null, stdout=null, stderr=null, start_new_session=True
         )
-
-    @functools.cached_property
-    def socket(self) -> client.WebSocket:
         note = self.home / "DevToolsActivePort"
         wait_until(lambda: note.is_file() and "/" in note.read_text(), "Chromium")
         port, path = note.read_text().split()
         url = f"ws://127.0.0.1:{port}{path}"
-        return client.WebSocket.connect(url, timeout=PATIENCE)
+        self.socket = client.WebSocket.connect(url, timeout=PATIENCE)
 
-    def send(self, method: str, **command: Any) -> Any:
+    def send(self, method: str, session: Any = None, **params: Any) -> Any:
         """Send a command and return its result; what happens meanwhile goes to `events`."""
-        number = next(self.numbers)
-        self.socket.send(json.dumps({"id": number, "method": method, **command}))
-        while (answer := json.loads(self.socket.recv())).get("id") != number:
+        command = {"id": next(self.numbers), "method": method, "params": params}
+        where = {"sessionId": session} if session else {}
+        self.socket.send(json.dumps({**command, **where}))
+        while (answer := json.loads(self.socket.recv())).get("id") != command["id"]:
             self.events.append(answer)
         if "error" in answer:
             raise AssertionError(f"{method}: {answer['error']}")
@@ -2754,10 +2761,10 @@ class Browser:
         with contextlib.suppress(Exception):  # it may have crashed, or hang
             self.send("Browser.close")
             self.process.wait(PATIENCE)
-            self.socket.close()
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
+        self.socket.drop("Chromium has ended")
         wait_until(self.removed, "the end of Chromium")
 
     def removed(self) -> bool:
@@ -2765,37 +2772,30 @@ class Browser:
         return not self.home.exists()
 
 
-class Proxy(socketserver.ThreadingTCPServer):
-    """Serves under /some/env what another port serves under /."""
+class Proxy(socketserver.BaseRequestHandler):
+    """Serves under /some/env what the port `behind` serves under /."""
 
-    daemon_threads = True
+    behind = 0
 
-    def __init__(self, behind: int) -> None:
-        super().__init__(("127.0.0.1", 0), socketserver.BaseRequestHandler)
-        self.behind = behind
-
-    def finish_request(self, request: Any, client_address: Any) -> None:
+    def handle(self) -> None:
         with socket.create_connection(("127.0.0.1", self.behind)) as onward:
-            threading.Thread(target=self.pipe, args=(onward, request)).start()
-            self.pipe(request, onward)
+            threading.Thread(target=self.pipe, args=(onward, self.request)).start()
+            self.pipe(self.request, onward)
 
     def pipe(self, source: socket.socket, target: socket.socket) -> None:
         with contextlib.suppress(OSError):
             while data := source.recv(65536):
+                if re.match(rb"(GET|POST) /(?!some/env/)", data):
+                    break  # there is nothing else
                 target.sendall(data.replace(b" /some/env/", b" /", 1))
             target.shutdown(socket.SHUT_WR)
-
-
-class Pick(enum.Enum):
-    PLAIN = "plain"
-    MARKUP = MARKUP
 
 
 @dataclass
 class FormAction:
     count: int = field(metadata={"minimum": 1, "description": MARKUP})
     words: list[str]
-    pick: Pick = Pick.PLAIN
+    pick: Literal["plain", "<img src=x onerror=window.hacked=1>"] = "plain"
     exact: bool = False
     pace: Optional[float] = None  # noqa: UP045
     note: str = MARKUP
@@ -2814,7 +2814,8 @@ class FormEnvironment(BenchmarkEnvironment):
             raise ValueError(MARKUP)
         result = super().step(BenchmarkAction(client.encode_json(action)))
         result.metadata = {}  # so that only the state knows the number of the step
-        result.done = action.count == 9
+        if action.count == 9:
+            result.done, result.reward = True, None
         return result
 
 
@@ -2841,11 +2842,11 @@ class PageTest(unittest.TestCase):
     def setUp(self) -> None:
         self.hosts: list[str] = []  # of the pages that were opened
         self.allowed = "nothing"  # a pattern of the faults that belong to the test
-        self.session = None
-        self.target = self.send("Target.createTarget", url="about:blank")
-        self.addCleanup(self.browser.send, "Target.closeTarget", params=self.target)
-        attached = self.send("Target.attachToTarget", **self.target, flatten=True)
+        target = self.browser.send("Target.createTarget", url="about:blank")
+        self.addCleanup(self.browser.send, "Target.closeTarget", **target)
+        attached = self.browser.send("Target.attachToTarget", **target, flatten=True)
         self.session = attached["sessionId"]
+        self.send = functools.partial(self.browser.send, session=self.session)
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.send(f"{domain}.enable")
         self.send("Page.addScriptToEvaluateOnNewDocument", source=PREPARE)
@@ -2853,8 +2854,7 @@ class PageTest(unittest.TestCase):
 
     def tearDown(self) -> None:
         """No text became HTML, the console shows nothing, no other host was asked."""
-        markup = self.evaluate("window.hacked ?? all('img, [onerror]').length")
-        self.assertEqual(markup, 0)
+        self.assertEqual(self.evaluate("window.hacked ?? all('img, [onerror]')"), [])
         events = [e for e in self.browser.events if e.get("sessionId") == self.session]
         faults = [json.dumps(e) for e in events if re.match(SAID, e["method"])]
         asked = re.findall(r'"url": "\w+://([^/"]*)', json.dumps(events))
@@ -2862,10 +2862,6 @@ class PageTest(unittest.TestCase):
         self.assertEqual([f for f in faults if not re.search(self.allowed, f)], [])
 
     # -- What a person does, and sees ---------------------------------------------
-
-    def send(self, method: str, **params: Any) -> Any:
-        where = {"sessionId": self.session} if self.session else {}
-        return self.browser.send(method, params=params, **where)
 
     def visit(self, url: str, ready: str = "true") -> None:
         self.hosts.append(url.split("/")[2])
@@ -2878,11 +2874,14 @@ class PageTest(unittest.TestCase):
         drawn = "$('count').textContent" if path == "web" else "!$('main').hidden"
         self.visit(f"{(running or self.running).url}/{path}", drawn)
 
+    def resize(self, width: int) -> None:
+        size = {"width": width, "height": 720, "deviceScaleFactor": 1}
+        self.send("Emulation.setDeviceMetricsOverride", **size, mobile=width < 600)
+
     def evaluate(self, script: str) -> Any:
         how = {"awaitPromise": True, "returnByValue": True}
         answer = self.send("Runtime.evaluate", expression=script, **how)
-        if "exceptionDetails" in answer:
-            raise AssertionError(f"{script}: {answer['exceptionDetails']}")
+        self.assertNotIn("exceptionDetails", answer, script)
         return answer["result"].get("value")
 
     def wait_for(self, script: str) -> None:
@@ -2898,9 +2897,7 @@ class PageTest(unittest.TestCase):
             self.wait_for(f"$('{name}').textContent.includes({json.dumps(text)})")
 
     def texts(self, selector: str) -> list[str]:
-        script = f"all(`{selector}`).map(e => e.value ?? e.textContent)"
-        found: list[str] = self.evaluate(script)
-        return found
+        return list(self.evaluate(f"texts(`{selector}`)"))
 
     def press(self, key: str, modifiers: int = 0) -> None:
         number, text = KEYS[key]
@@ -2934,22 +2931,32 @@ class PageTest(unittest.TestCase):
         self.wait_for(f"$('rows').childElementCount > {known}")
         return self.texts("#rows tr:first-child td")
 
+    def look_at(self, number: int) -> str:
+        """Open a message, the newest being number 1; return the whole of it."""
+        self.click(f"#log details:nth-of-type({number}) summary")
+        self.wait_for("one('#log pre')")
+        return self.texts("#log pre")[0]
+
     def attempt(self, name: str) -> str:
         """Press Try it; return what came."""
-        self.evaluate(f"$('{name}').open = true")
-        self.evaluate(f"all('#{name} [role=status]').forEach(e => e.replaceChildren())")
+        result = f"one('#{name} [role=status]')"
+        self.evaluate(f"$('{name}').open = true; {result}.replaceChildren()")
         self.click(f"#{name} > button")
-        self.wait_for(f"one('#{name} [role=status] pre')")
+        self.wait_for(f"{result}.querySelector('pre')")
         return self.texts(f"#{name} pre")[0]
 
     def download(self) -> Any:
-        behavior = {"behavior": "allow", "downloadPath": str(self.browser.home)}
-        self.browser.send("Browser.setDownloadBehavior", params=behavior)
+        folder = {"behavior": "allow", "downloadPath": str(self.browser.home)}
+        self.browser.send("Browser.setDownloadBehavior", **folder)
         file = self.browser.home / "episodes.json"
         file.unlink(missing_ok=True)
         self.click("#download")
         wait_until(lambda: file.is_file() and file.stat().st_size, "the download")
         return json.loads(file.read_text("utf-8"))
+
+    def leaving_asks(self) -> bool:
+        leave = "dispatchEvent(new Event('beforeunload', {cancelable: true}))"
+        return not self.evaluate(leave)
 
     # -- Play ---------------------------------------------------------------------
 
@@ -2957,32 +2964,32 @@ class PageTest(unittest.TestCase):
         self.open("web")
         self.step(message="Hi")
         self.fill(message="caf\u00e9")
-        self.press("Enter", SHIFT)
+        self.press("Enter", modifiers=8)  # Shift
         self.send("Input.insertText", text="\U0001d11e")
         self.click("#step button")
         self.shows(count="2", reward="0.6", total="0.8", done="no", low="0", high="0.6")
         points = self.evaluate("$('line').getAttribute('points').split(' ')")
         self.assertEqual(len(points), 3)  # the last one twice
-        echo, length, _ = self.texts("#observation dd")
-        self.assertEqual((echo, length), ("caf\u00e9\n\U0001d11e", "6"))
-        for column, cells in enumerate((["2", "1", "0"], ["0.6", "0.2", "0.0"]), 1):
-            self.assertEqual(self.texts(f"#rows td:nth-child({column})"), cells)
-        self.assertRegex(self.texts("#rows td:nth-child(3)")[0], r"^[\d.]+ m?s$")
+        echoed = self.texts("#observation dd")[:2]
+        self.assertEqual(echoed, ["caf\u00e9\n\U0001d11e", "6"])
+        cells, took = self.texts("#rows td:not(:last-child)"), r"[\d.]+ m?s"
+        rows = rf"2 0\.6 {took} 1 0\.2 {took} 0 0\.0 {took}"
+        self.assertRegex(" ".join(cells), f"^{rows}$")
         self.assertIn('"echoed_message":"Hi"', self.texts("#rows td:last-child")[1])
         self.step(seed="7", episode_id="named")
-        self.shows(count="0", total="0")
+        self.shows(count="0")
+        self.assertEqual(self.texts("#total"), ["0"])
         self.click("#ask")
         self.shows(observation="named")
+        reset = {"type": "reset", "data": {"seed": 7, "episode_id": "named"}}
         last = self.download()[-1]
-        found = last["type"], last["step"], last["failed"]
-        self.assertEqual(found, ("reset", 0, False))
-        self.assertEqual(last["data"], {"seed": 7, "episode_id": "named"})
+        self.assertEqual(last, {**last, **reset, "step": 0, "failed": False})
 
     def test_play_draws_a_form(self) -> None:
+        self.resize(1920)
         self.open("web", self.form)
-        kinds = self.evaluate("all('#step [name]').map(e => e.localName)")
-        text, choice = "textarea", "select"
-        self.assertEqual(kinds, [text, text, choice, choice, text, text])
+        kinds = self.evaluate("all('#step [name]').map(e => e.localName).join(' ')")
+        self.assertEqual(kinds, "textarea textarea select select textarea textarea")
         for name in ("exact", "pick"):
             self.evaluate(f"one(`[name='data.{name}']`).focus()")
             self.press("ArrowDown")
@@ -2991,31 +2998,34 @@ class PageTest(unittest.TestCase):
         echoed = json.loads(self.texts("#observation dd")[0])
         self.assertEqual(echoed, {**given, "pace": None, "note": MARKUP})
         self.assertEqual(self.texts("#name"), [MARKUP])
+        self.click("#step button")  # scrolls to it: what it does must be in sight
+        self.assertGreater(self.evaluate("$('clock').getBoundingClientRect().top"), 0)
+        small = "one('svg').clientHeight < 400 && $('observation').clientHeight > 100"
+        self.assertTrue(self.evaluate(small))
 
     def test_play_marks_what_is_invalid(self) -> None:
         self.open("web", self.form)
         marked = "all(':is(select, textarea):invalid').map(e => e.name)"
         for form, given, wrong in (
-            ("step", {"count": "0", "words": '["a", 1]'}, "data.count,data.words"),
-            ("step", {"count": "1", "words": "["}, "data.words"),  # not even sent
-            ("reset", {"words": "[]", "seed": "-1"}, "data.seed"),
+            ("step", {"count": "0", "words": '["a", 1]'}, ["data.count", "data.words"]),
+            ("step", {"count": "1", "words": "["}, ["data.words"]),  # not even sent
+            ("reset", {"words": "[]", "seed": "-1"}, ["data.seed"]),
         ):
             self.fill(**given)
             unsent = ["data.words"] if given["words"] == "[" else []
             self.assertEqual(self.evaluate(marked), unsent)  # marks go with a change
             self.click(f"#{form} button")
-            self.wait_for(f"String({marked}) === '{wrong}'")
-            focused = self.evaluate("document.activeElement.name")
-            self.assertEqual(focused, wrong.split(",")[0])
+            self.wait_for(f"String({marked}) === '{','.join(wrong)}'")
+            self.assertEqual(self.evaluate("document.activeElement.name"), wrong[0])
             self.assertIn("VALIDATION_ERROR", self.texts(f"#{form} [role=alert]")[0])
         self.assertEqual(len(self.texts("#rows tr")), 1)  # none of them was a step
 
     def test_play_takes_step_numbers_from_the_environment(self) -> None:
         self.open("web", self.form)
         self.assertEqual(self.step(count="1", words="[]")[0], "1")
-        failed = self.step(count="8")
+        *failed, text = self.step(count="8")
         self.assertEqual(failed[:2], ["1", "failed"])
-        self.assertIn(MARKUP, failed[-1])
+        self.assertIn(MARKUP, text)
         self.assertEqual(self.step(count="2")[0], "2")
         failures = [entry["failed"] for entry in self.download()]
         self.assertEqual(failures, [False, False, True, False])
@@ -3027,19 +3037,23 @@ class PageTest(unittest.TestCase):
         self.fill(count="7", words="[]")
         self.press("Enter")
         self.wait_for("/^Running for [0-9.]+ m?s$/.test($('clock').textContent)")
+        self.assertTrue(self.leaving_asks())
         FormEnvironment.proceed.set()
         self.shows(count="1", done="no")
+        took = self.texts("#rows td:nth-child(3)")[0]  # and the state was asked since
+        self.assertEqual(self.texts("#clock"), [f"Took {took}"])
+        place = "Math.round($('result').getBoundingClientRect().top + scrollY)"
+        before = self.evaluate(place)
         self.step(count="9")
         self.shows(done="yes", clock="Took ", reset="Reset begins a new episode")
+        self.assertEqual(self.evaluate(place), before)
 
     def test_numbers_lose_no_digit(self) -> None:
         self.open("web", self.form)
         digits = "123456789012345678901"
         self.assertIn(digits, self.step(count=digits, words="[]", pace="2.0")[-1])
-        self.click("#log details:nth-of-type(4) summary")  # the step, as it was sent
-        self.wait_for("one('#log pre')")
-        for tag in ("code", "pre"):
-            sent = self.texts(f"#log details:nth-of-type(4) {tag}")[0]
+        whole = self.look_at(4)  # the step, as it was sent
+        for sent in (whole, self.texts("#log details:nth-of-type(4) code")[0]):
             self.assertRegex(sent, rf'"count": {digits},(?s:.*)"pace": 2\.0')
         self.assertEqual(self.download()[-1]["data"]["count"], int(digits))
 
@@ -3056,26 +3070,38 @@ class PageTest(unittest.TestCase):
         self.evaluate(f"one('#step textarea').value = {json.dumps(long)}")
         self.click("#step button")
         self.shows(reward="10000.0")
-        self.click("#log summary")
-        self.wait_for(f"one('#log pre').textContent.includes({json.dumps(long)})")
+        self.assertIn(long, self.look_at(1))
+
+    def test_right_to_left_text_reads_right(self) -> None:
+        """In a field and in what came from the right; in JSON, all from the left."""
+        self.open("web")
+        hebrew = "\u05e9\u05dc\u05d5\u05dd!"
+        self.step(message=hebrew, metadata=json.dumps({"all": [hebrew]}))
+        self.look_at(2)
+        self.assertEqual(self.evaluate(RIGHT), [True, False])
+        field = "getComputedStyle(one('#step textarea')).direction"
+        self.assertEqual(self.evaluate(field), "rtl")
 
     def test_many_steps_stay_quick(self) -> None:
         self.open("web")
         self.evaluate("for (let i = 0; i < 300; i++) $('step').requestSubmit()")
         self.shows(count="300")
-        self.assertEqual(len(self.texts("#rows > *")), 100)
-        self.assertEqual(len(self.texts("#log > *")), 100)
+        counts = self.evaluate("['rows', 'log'].map(id => $(id).childElementCount)")
+        self.assertEqual(counts, [100, 100])
         self.assertEqual(len(self.download()), 301)
 
     def test_leaving_asks_while_there_is_an_episode_to_lose(self) -> None:
-        self.open("web")
-        leave = "dispatchEvent(new Event('beforeunload', {cancelable: true}))"
-        self.assertTrue(self.evaluate(leave))
-        self.step(message="x")
-        self.assertFalse(self.evaluate(leave))
-        self.click("#reset button")
-        self.shows(count="0")
-        self.assertTrue(self.evaluate(leave))
+        for running, given in (
+            (self.running, {"message": "x"}),
+            (self.form, {"count": "9", "words": "[]"}),  # it has no reward
+        ):
+            self.open("web", running)
+            self.assertFalse(self.leaving_asks())
+            self.step(**given)
+            self.assertTrue(self.leaving_asks())
+            self.click("#reset button")
+            self.shows(count="0")
+            self.assertFalse(self.leaving_asks())
 
     # -- Messages -----------------------------------------------------------------
 
@@ -3083,9 +3109,7 @@ class PageTest(unittest.TestCase):
         self.open("web")
         self.step(message="Hi")
         self.assertEqual(self.texts("#log b")[:2], ["← received", "→ sent"])
-        self.click("#log summary")
-        self.wait_for("one('#log pre')")
-        self.assertEqual(json.loads(self.texts("#log pre")[0])["data"]["reward"], 0.2)
+        self.assertEqual(json.loads(self.look_at(1))["data"]["reward"], 0.2)
         answers = "ready!", "Hello", "step_count", "-32603"
         for number, answer in enumerate(answers, 1):
             self.click(f"#presets :nth-child({number})")
@@ -3123,10 +3147,8 @@ class PageTest(unittest.TestCase):
         self.wait_for("!$('full').hidden")
         self.shows(reset="CAPACITY_REACHED", full="--max-concurrent-envs")
         self.assertEqual(self.texts("#rows tr"), [])  # nothing was reset
-        self.click("#full a")
-        self.assertIn("200 ", self.attempt("post_close"))
-        self.click("#connect")
-        self.shows(count="0")
+        self.click("#evict")  # closes that session, and connects
+        self.shows(count="0", post_close="200 OK")
         self.click("#connect")
         self.shows(status="Disconnected")
 
@@ -3176,7 +3198,7 @@ class PageTest(unittest.TestCase):
         self.open("web")
         for message in ("Hello, World!", "x" * 200, MARKUP):
             self.step(message=message)
-        self.click("#log summary")
+        self.look_at(1)
         self.write("#session", "s" * 200)
         self.attempt("post_reset")
         self.attempt("post_step")
@@ -3184,28 +3206,21 @@ class PageTest(unittest.TestCase):
     def test_it_looks_right(self) -> None:
         self.prepare()
         self.assertLess(self.evaluate("moved"), 0.1)
-        folder = Path(os.environ.get("SCREENSHOTS") or self.browser.home)
-        looks = itertools.product(("light", "dark"), (320, 360, 768, 1280, 1920))
-        background = "getComputedStyle(document.body).backgroundColor"
+        self.evaluate(
+            "all('#figures dd').map(e => e.textContent = '-0.000123456789012345678')"
+        )
+        widths = 305, 360, 740, 768, 1060, 1280, 1920  # the first is 400 % of 1280
         papers = set()
-        for scheme, width in looks:
+        for scheme, width in itertools.product(("light", "dark"), widths):
+            features = [{"name": "prefers-color-scheme", "value": scheme}]
+            self.send("Emulation.setEmulatedMedia", features=features)
+            self.resize(width)
+            self.evaluate("scrollTo(0, 0)")
+            papers.add(self.evaluate("getComputedStyle(document.body).backgroundColor"))
+            beside = "$('wire').offsetTop < $('step').offsetTop"  # Messages, the form
             with self.subTest(scheme=scheme, width=width):
-                features = [{"name": "prefers-color-scheme", "value": scheme}]
-                self.send("Emulation.setEmulatedMedia", features=features)
-                size = {"width": width, "height": 800, "deviceScaleFactor": 1}
-                mobile = width < 600
-                self.send("Emulation.setDeviceMetricsOverride", **size, mobile=mobile)
-                self.evaluate("scrollTo(0, 0)")
-                image = self.send("Page.captureScreenshot", captureBeyondViewport=True)
-                file = folder / f"web-{scheme}-{width}.png"
-                file.write_bytes(b64decode(image["data"]))
-                self.assertEqual(self.evaluate(FAINT), [])
-                self.assertEqual(self.evaluate(CUT), [])
-                beside = (
-                    "$('wire').offsetTop < $('step').offsetTop"  # Messages, the form
-                )
+                self.assertEqual([self.evaluate(fault) for fault in LOOKS], [[]] * 3)
                 self.assertEqual(self.evaluate(beside), width > 600)
-                papers.add(self.evaluate(background))
         self.assertEqual(len(papers), 2)
 
     def test_it_is_used_by_keyboard_alone(self) -> None:
@@ -3216,11 +3231,13 @@ class PageTest(unittest.TestCase):
                 self.assertTrue(node["name"]["value"], node)
         for _ in range(self.evaluate(WANTED) + 2):
             self.press("Tab")
-            self.assertEqual(self.evaluate(FOCUSED), "")
+            self.assertEqual(self.evaluate(FOCUSED), [])
         self.assertEqual(self.evaluate("[...wanted].map(e => e.outerHTML)"), [])
 
     def test_it_works_behind_a_prefix_and_in_a_frame(self) -> None:
-        with Proxy(self.running.server_port) as proxy:
+        Proxy.behind = self.running.server_port
+        with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Proxy) as proxy:
+            proxy.daemon_threads = True
             threading.Thread(target=proxy.serve_forever, daemon=True).start()
             self.addCleanup(proxy.shutdown)
             url = f"http://127.0.0.1:{proxy.server_address[1]}/some/env"
