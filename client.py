@@ -42,6 +42,7 @@ from base64 import b64encode
 from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
 from enum import Enum
+from hashlib import sha1
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, Union
 from urllib.parse import quote, urlsplit
@@ -101,8 +102,6 @@ class ConnectionClosed(ConnectionError):
 
 def accept_key(key: str) -> str:
     """Return the ``Sec-WebSocket-Accept`` that answers a ``Sec-WebSocket-Key`` (4.2.2)."""
-    from hashlib import sha1  # here: it brings 1 MB of OpenSSL into memory
-
     guid = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
     return b64encode(sha1((key + guid).encode("latin-1")).digest()).decode()
 
@@ -273,7 +272,7 @@ class Protocol:
             code = int.from_bytes(payload[:2], "big") if payload else NO_STATUS
             valid = 1000 <= code <= 1003 or 1007 <= code <= 1014 or 3000 <= code <= 4999
             if payload and not valid:
-                raise _fault(f"{code} is not a status code that may be sent")
+                raise _fault("a Close frame without a valid status code")
             self.ending = ConnectionClosed(code, payload[2:].decode())
             self.close_received = True
 
@@ -374,7 +373,9 @@ class WebSocket:
         sock.setblocking(False)
         self.sock, self.protocol, self.timeout = sock, protocol, timeout
         self.at_end = False  # whether nothing more can be read from the socket
-        self._lock = threading.Lock()
+        self._lock = (
+            threading.RLock()
+        )  # a signal's handler may close what it interrupts
         self._receiving = False  # whether the owner is in `recv`, and reads by himself
         self.sent = self.received = 0  # bytes, for who watches the peer's pace
 
@@ -400,13 +401,15 @@ class WebSocket:
         connection = kind(host, port, timeout=connect_timeout)
         try:
             _shake_hands(connection, path or "/", headers)
-        except (OSError, http.client.HTTPException) as error:
+        except BaseException as error:
             connection.close()
             reason = str(error)
             if isinstance(error, socket.timeout):
                 reason = f"no connection within {connect_timeout:g} s"
             elif isinstance(error, http.client.HTTPException):
                 reason = "the answer is no HTTP: is this a WebSocket server?"
+            elif not isinstance(error, OSError):  # of a trace, or Ctrl-C
+                raise
             raise ConnectionError(f"cannot connect to {url}: {reason}") from error
         return cls(connection.sock, Protocol(True, max_size, trace), timeout)
 
@@ -636,7 +639,7 @@ def _shake_hands(connection: Any, path: str, headers: Headers) -> None:
             answer.fp = io.BufferedReader(answer.fp)
             with contextlib.suppress(OSError, http.client.HTTPException):
                 words += f": {_server_error(answer.status, answer.read()).message}"
-            raise ConnectionError(words)
+            raise ConnectionError(words.rstrip(": "))
         if upgrade != "websocket" or "upgrade" not in tokens or answer.will_close:
             raise ConnectionError("no 'Upgrade: websocket' and 'Connection: Upgrade'")
         if header("sec-websocket-accept") != accept_key(key):
@@ -682,6 +685,7 @@ encode_json = _encoder.encode
 decode_json = json.JSONDecoder(parse_float=_finite, parse_constant=_finite).decode
 
 Loc = tuple[Any, ...]  # of str and int: the path to a value
+MOST_FAULTS = 100  # that are listed: each repeats its input
 
 
 def describe_fault(kind: str, msg: str, loc: Loc, value: Any) -> JSON:
@@ -690,7 +694,9 @@ def describe_fault(kind: str, msg: str, loc: Loc, value: Any) -> JSON:
 
 
 class Invalid(ValueError):
-    """A value does not fit its type. ``faults`` lists each ``type, loc, msg, input``."""
+    """A value does not fit its type. ``faults`` lists ``type, loc, msg, input`` of each, up
+    to `MOST_FAULTS`.
+    """
 
     def __init__(self, faults: list[JSON]) -> None:
         super().__init__(faults)
@@ -772,7 +778,7 @@ def read_json(kind: Any, value: Any, loc: Loc = (), extra: bool = False) -> Any:
     newer peer may send more; else they are faults.
 
     Raises:
-        Invalid: the value does not fit; every fault is listed.
+        Invalid: the value does not fit; the first faults are listed.
     """
     walk = _Walk(extra)
     return walk.checked(walk.read(kind, value, loc))
@@ -782,7 +788,7 @@ def read_fields(cls: type, value: Any, loc: Loc = ()) -> JSON:
     """Read those fields of a dataclass that a JSON object has, and leave its other keys.
 
     Raises:
-        Invalid: a field does not fit; every fault is listed.
+        Invalid: a field does not fit; the first faults are listed.
     """
     walk = _Walk(extra=False)
     read = walk.checked(walk.read_fields(cls, value, loc, extra=True))
@@ -793,12 +799,13 @@ class _Walk:
     """A walk over a type and a JSON value; once there are ``faults`` the result is void."""
 
     def __init__(self, extra: bool) -> None:
-        self.faults: list[JSON] = []
+        self.faults: list[JSON] = []  # the first of them
+        self.failed = 0  # the number of all
         self.loose = 0  # keys dropped and numbers converted: how badly the value fits
         self._extra = extra
 
     def checked(self, read: T) -> T:
-        if self.faults:
+        if self.failed:
             raise Invalid(self.faults)
         return read
 
@@ -825,7 +832,11 @@ class _Walk:
         return value  # a type that has no JSON Schema: servers refuse it
 
     def _fail(self, kind: str, words: str, loc: Loc, value: Any) -> None:
-        self.faults.append(describe_fault(kind, words, loc, value))
+        self._add_faults([describe_fault(kind, words, loc, value)])
+
+    def _add_faults(self, faults: list[JSON]) -> None:
+        self.failed += len(faults)
+        self.faults += faults[: MOST_FAULTS - len(self.faults)]
 
     def _read_plain(self, kind: type, value: Any, loc: Loc) -> Any:
         """Read a value of another type than ``kind``: to JSON 1 and 1.0 are one number."""
@@ -850,13 +861,13 @@ class _Walk:
         """Read the member that fits exactly; else the one that fits best, or the first."""
         walks = [_Walk(self._extra) for _ in members]
         reads = [w.read(m, value, loc) for w, m in zip(walks, members)]
-        best = min(walks, key=lambda walk: (len(walk.faults), walk.loose))
-        if not best.faults:
+        best = min(walks, key=lambda walk: (walk.failed, walk.loose))
+        if not best.failed:
             self.loose += best.loose
             return reads[walks.index(best)]
         for walk, member in zip(walks, members):
             if member is not type(None):
-                self.faults += walk.faults
+                self._add_faults(walk.faults)
 
     def _read_items(self, origin: Any, kinds: Loc, value: Any, loc: Loc) -> Any:
         if type(value) is not list:
@@ -875,9 +886,9 @@ class _Walk:
             self._fail("value_error", str(error), loc, value)
 
     def _read_dataclass(self, cls: Any, value: Any, loc: Loc) -> Any:
-        before = len(self.faults)
+        before = self.failed
         read = self.read_fields(cls, value, loc, self._extra)
-        if len(self.faults) > before:
+        if self.failed > before:
             return None
         known = fields_of(cls)
         late = {name: read.pop(name) for name in [*read] if not known[name].init}
@@ -901,9 +912,9 @@ class _Walk:
         for name, item in value.items():
             at = (*loc, name)
             if name in fields:
-                before = len(self.faults)
+                before = self.failed
                 read[name] = self.read(fields[name].type, item, at)
-                if fields[name].bounds and len(self.faults) == before:
+                if fields[name].bounds and self.failed == before:
                     self._check_bounds(fields[name].bounds, item, at)
             elif extra:
                 self.loose += 1
@@ -1112,13 +1123,16 @@ class EnvClient(Generic[ActT, ObsT, StateT]):
         reward = payload.get("reward")
         if reward is not None:  # OpenEnv lets it be true or false
             number = int(reward) if isinstance(reward, bool) else reward
-            reward = read_json(float, number)
-        done = read_json(bool, payload.get("done", False))
-        fields = read_json(dict, payload["observation"])
+            reward = read_json(float, number, ("reward",))
+        done = read_json(bool, payload.get("done", False), ("done",))
+        fields = read_json(dict, payload.get("observation"), ("observation",))
         if self.observation_type is not dict:
             fields = {**fields, "reward": reward, "done": done}
         observation = read_json(self.observation_type, fields, extra=True)
-        return StepResult(observation, reward, done, payload.get("metadata"))
+        metadata = payload.get("metadata")
+        if metadata is not None:
+            metadata = read_json(dict, metadata, ("metadata",))
+        return StepResult(observation, reward, done, metadata)
 
     def _parse_state(self, payload: JSON) -> StateT:
         return typing.cast(StateT, read_json(self.state_type, payload, extra=True))
@@ -1155,7 +1169,7 @@ class WebSocketEnvClient(EnvClient[ActT, ObsT, StateT]):
     """A client over WebSocket: one connection, one environment of its own, one session.
 
     The first call connects, if `connect` or ``with`` has not. After a timeout, a broken
-    connection or an answer that makes no sense the episode is lost, and every call says so
+    connection or a message that is no answer the episode is lost, and every call says so
     until `connect` opens a new session: an answer is never taken for that of another call.
     Between calls, pings are answered in the background.
 
@@ -1230,7 +1244,7 @@ class WebSocketEnvClient(EnvClient[ActT, ObsT, StateT]):
         except BaseException as error:  # Ctrl-C too: the answer is still on its way
             if isinstance(error, ServerError) and error.code not in ENDINGS:
                 raise
-            self._lost = f"the session was lost ({error or type(error).__name__})"
+            self._lost = f"the session was lost ({str(error) or type(error).__name__})"
             self._ws = None
             ws.start_closing()
             ws.drop()

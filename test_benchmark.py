@@ -28,7 +28,6 @@ What is promised, and the class that tests it (each role of RFC 6455 from one ta
     Dockerfile, openenv.yaml, options; nginx     ProjectFilesTest, NginxTest
     openenv's clients, tools and server          InteroperationTest
 """
-
 # ruff: noqa: UP007  # Python 3.9 needs Union where types are values
 
 from __future__ import annotations
@@ -87,11 +86,15 @@ from benchmark import (
 
 if TYPE_CHECKING:
     from typing import Self
-
 HERE = Path(__file__).resolve().parent
 PATIENCE = 20.0  # seconds, for what happens at once unless it is broken
 # How long a server may take to see that it is to stop: a hundred are stopped in here.
 server.Server.serve_forever.__defaults__ = (0.02,)
+
+
+# ---------------------------------------------------------------------------
+# What the tests share: servers, peers that speak RFC 6455 by hand, commands, files
+# ---------------------------------------------------------------------------
 
 
 class Result(unittest.TextTestResult):
@@ -141,6 +144,41 @@ def exchange(
         return answer.status, text
 
 
+def is_healthy(url: str) -> bool:
+    with contextlib.suppress(OSError):
+        return exchange(url, "GET", "/health")[0] == 200
+    return False
+
+
+class ServerCase(unittest.TestCase):
+    """Tests against one server that runs for the whole class."""
+
+    running: server.Server
+    options: dict[str, Any] = {}  # noqa: RUF012
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        logging.disable(logging.CRITICAL)
+        cls.addClassCleanup(logging.disable, logging.NOTSET)
+        cls.running = serve(**cls.options)
+        cls.addClassCleanup(cls.running.stop)
+
+    def peer(self, running: server.Server | None = None) -> RawPeer:
+        peer = RawPeer(running or self.running)
+        self.addCleanup(peer.sock.close)
+        return peer
+
+    def http(
+        self,
+        method: str,
+        path: str,
+        body: Any = None,
+        headers: Any = None,
+        running: server.Server | None = None,
+    ) -> tuple[int, Any]:
+        return exchange((running or self.running).url, method, path, body, headers)
+
+
 def xor(data: bytes, key: bytes) -> bytes:
     return bytes(byte ^ key[i % 4] for i, byte in enumerate(data))
 
@@ -169,6 +207,13 @@ def take_frame(read: Callable[[int], bytes]) -> tuple[int, bool, bytes]:
         size = int.from_bytes(read(2 if size == 126 else 8), "big")
     key = read(4) if second & 0x80 else bytes(4)
     return first, bool(second & 0x80), xor(read(size), key)
+
+
+UPGRADE = (
+    "GET /ws HTTP/1.1\nHost: localhost\nUpgrade: h2c, WebSocket\n"
+    "Connection: keep-alive, UPGRADE\n"
+    "Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\nSec-WebSocket-Version: 13"
+)
 
 
 class RawPeer:
@@ -256,33 +301,118 @@ class RawPeer:
         return int.from_bytes(payload[:2], "big")
 
 
-class ServerCase(unittest.TestCase):
-    """Tests against one server that runs for the whole class."""
+class SocketPeer(RawPeer):
+    """A socket that is there already, and RFC 6455 by hand, as either end."""
 
-    running: server.Server
-    options: dict[str, Any] = {}  # noqa: RUF012
+    def __init__(self, sock: socket.socket, masked: bool = True) -> None:
+        self.sock, self.data, self.masked = sock, b"", masked
+        sock.settimeout(PATIENCE)
 
-    @classmethod
-    def setUpClass(cls) -> None:
-        logging.disable(logging.CRITICAL)
-        cls.addClassCleanup(logging.disable, logging.NOTSET)
-        cls.running = serve(**cls.options)
-        cls.addClassCleanup(cls.running.stop)
 
-    def peer(self, running: server.Server | None = None) -> RawPeer:
-        peer = RawPeer(running or self.running)
-        self.addCleanup(peer.sock.close)
-        return peer
+Play = Callable[[SocketPeer], object]
 
-    def http(
-        self,
-        method: str,
-        path: str,
-        body: Any = None,
-        headers: Any = None,
-        running: server.Server | None = None,
-    ) -> tuple[int, Any]:
-        return exchange((running or self.running).url, method, path, body, headers)
+
+@contextlib.contextmanager
+def played(play: Play) -> Iterator[str]:
+    """A server of one connection after the other, played by hand; yield host:port."""
+
+    def handle(sock: Any, *_: Any) -> Any:
+        with contextlib.suppress(OSError, EOFError):
+            play(SocketPeer(sock))
+
+    with socketserver.TCPServer(("127.0.0.1", 0), handle) as playing:
+        threading.Thread(target=playing.serve_forever, args=(0.02,)).start()
+        try:
+            yield f"127.0.0.1:{playing.server_address[1]}"
+        finally:
+            playing.shutdown()
+
+
+def shake_hands(
+    peer: SocketPeer, change: Callable[[str], str] = str, early: bytes = b""
+) -> str:
+    """Answer an opening handshake as a server; return the request."""
+    request = peer.read_head()
+    key = request.partition("Sec-WebSocket-Key: ")[2].partition("\r\n")[0]
+    good = (
+        "HTTP/1.1 101 Switching Protocols\r\nUpgrade: WebSocket\r\nconnection: foo, "
+        f"upgrade\r\nSec-WebSocket-Accept: {client.accept_key(key)}\r\n\r\n"
+    )
+    peer.send(change(good).encode() + early)
+    return request
+
+
+SERVER = str(HERE / "server.py")
+PIPES: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8"}
+Done = subprocess.CompletedProcess
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """What a command of ours needs of this process's environment."""
+    kept = {k: v for k, v in os.environ.items() if k not in ("PORT", "SPACE_HOST")}
+    return {**kept, "PYTHONUNBUFFERED": "1", **extra}
+
+
+def run(*arguments: str | Path, cwd: Path = HERE, **env: str) -> Done[str]:
+    """Run Python with these arguments to its end."""
+    command = [sys.executable, *map(str, arguments)]
+    options = {"cwd": cwd, "env": environment(**env), "timeout": 60, **PIPES}
+    return subprocess.run(command, check=False, **options)
+
+
+def output_of(*command: str | Path, cwd: Path = HERE) -> str:
+    """Run a command; return what it prints, on standard error too, in order."""
+    pipes: Any = {"stdin": subprocess.DEVNULL, "stderr": subprocess.STDOUT}
+    options: Any = {"env": environment(), "encoding": "utf-8", "timeout": 60, **pipes}
+    try:
+        return str(subprocess.check_output([*map(str, command)], cwd=cwd, **options))
+    except subprocess.CalledProcessError as error:
+        raise AssertionError(f"{error}: {error.output}") from None
+
+
+class Command:
+    """A server in a process of its own, as ``python3 server.py`` starts it.
+
+    ``lines`` are the rest of its output, once it has ended, and ``errors`` what it logged.
+    """
+
+    url, server_port = "", 0
+
+    def __init__(
+        self, *arguments: str, program: Any = (SERVER,), cwd: Path = HERE, **env: str
+    ) -> None:
+        command = [sys.executable, *program, "--port=0", *arguments]
+        options = {"cwd": cwd, "env": environment(**env), **PIPES}
+        self.process: Any = subprocess.Popen(command, **options)
+        self.line = self.next_line()
+
+    def next_line(self) -> str:
+        """Return its next line; a URL in it is where the server is from now on."""
+        line: str = self.process.stdout.readline().rstrip("\n")
+        if found := re.search(r"http://\S+?:(\d+)", line):
+            self.url, self.server_port = found[0], int(found[1])
+        return line
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.process.terminate()
+        output, self.errors = self.process.communicate(timeout=PATIENCE)
+        self.lines = output.splitlines()
+
+
+def read(name: str) -> str:
+    return (HERE / name).read_text("utf-8")
+
+
+README = read("README.md")
+
+
+def copy_files(target: Path, *names: str) -> None:
+    target.mkdir(exist_ok=True)
+    for name in names or ("benchmark.py", "client.py", "server.py"):
+        shutil.copy(HERE / name, target)
 
 
 # ---------------------------------------------------------------------------
@@ -329,11 +459,9 @@ class EnvironmentTest(unittest.TestCase):
 
 
 # ---------------------------------------------------------------------------
-# RFC 6455: the WebSocket protocol, without I/O and on a socket, in both roles
+# RFC 6455: the protocol, without I/O, in both roles
 # ---------------------------------------------------------------------------
 
-BOTH: tuple[Any, ...] = (BenchmarkEnvWS, BenchmarkEnv)
-GENERIC: tuple[Any, ...] = (client.WebSocketEnvClient, client.HTTPEnvClient)
 FULL = b"x" * (1 << 17)  # the largest message that is taken
 
 
@@ -526,12 +654,9 @@ class ClientProtocolTest(ProtocolTest):
     is_client = True
 
 
-class SocketPeer(RawPeer):
-    """A socket that is there already, and RFC 6455 by hand, as either end."""
-
-    def __init__(self, sock: socket.socket, masked: bool = True) -> None:
-        self.sock, self.data, self.masked = sock, b"", masked
-        sock.settimeout(PATIENCE)
+# ---------------------------------------------------------------------------
+# A WebSocket: the protocol on a socket, in both roles; the client's handshake
+# ---------------------------------------------------------------------------
 
 
 class WebSocketTest(RoleCase):
@@ -720,39 +845,6 @@ class ClientWebSocketTest(WebSocketTest):
     is_client = True
 
 
-Play = Callable[[SocketPeer], object]
-
-
-@contextlib.contextmanager
-def played(play: Play) -> Iterator[str]:
-    """A server of one connection after the other, played by hand; yield host:port."""
-
-    def handle(sock: Any, *_: Any) -> Any:
-        with contextlib.suppress(OSError, EOFError):
-            play(SocketPeer(sock))
-
-    with socketserver.TCPServer(("127.0.0.1", 0), handle) as playing:
-        threading.Thread(target=playing.serve_forever, args=(0.02,)).start()
-        try:
-            yield f"127.0.0.1:{playing.server_address[1]}"
-        finally:
-            playing.shutdown()
-
-
-def shake_hands(
-    peer: SocketPeer, change: Callable[[str], str] = str, early: bytes = b""
-) -> str:
-    """Answer an opening handshake as a server; return the request."""
-    request = peer.read_head()
-    key = request.partition("Sec-WebSocket-Key: ")[2].partition("\r\n")[0]
-    good = (
-        "HTTP/1.1 101 Switching Protocols\r\nUpgrade: WebSocket\r\nconnection: foo, "
-        f"upgrade\r\nSec-WebSocket-Accept: {client.accept_key(key)}\r\n\r\n"
-    )
-    peer.send(change(good).encode() + early)
-    return request
-
-
 class HandshakeTest(unittest.TestCase):
     """The client's opening handshake, also with servers that get it wrong."""
 
@@ -776,6 +868,11 @@ class HandshakeTest(unittest.TestCase):
         for words, pattern, wrong in (
             ("HTTP/1.1 200", "101 Switching Protocols", "200 OK"),
             ("refused: HTTP/1.1 503 Busy: full", all_of_it, refusal),
+            (
+                "HTTP/1.1 302 X$",
+                all_of_it,
+                "HTTP/1.1 302 X\r\nContent-Length: 0\r\n\r\n",
+            ),
             ("upgrade", "Upgrade: WebSocket", "Upgrade: h2c"),
             ("Connection", "upgrade\r", "close\r"),
             ("Accept", f"={end}", f"A={end}"),
@@ -788,6 +885,18 @@ class HandshakeTest(unittest.TestCase):
             play = functools.partial(shake_hands, change=change)
             with self.subTest(words), played(play) as host, says:
                 client.WebSocket.connect(f"ws://{host}/ws")
+
+    def test_trace_that_raises_leaves_no_connection(self) -> None:
+        ends: list[bool] = []
+
+        def play(peer: SocketPeer) -> None:
+            shake_hands(peer)
+            ends.append(peer.at_end())
+
+        trace = mock.Mock(side_effect=lambda line: 1 / ("HTTP/1.1 101" not in line))
+        with played(play) as host, self.assertRaises(ZeroDivisionError) as caught:
+            client.WebSocket.connect(f"ws://{host}/ws", trace=trace)
+        self.assertEqual(ends, [True], caught)  # which holds its frames
 
     def test_headers_cannot_be_forged_and_values_are_not_told(self) -> None:
         headers = {"Authorization": "Bearer secret\r\nHost: x"}
@@ -823,7 +932,7 @@ class HandshakeTest(unittest.TestCase):
 
 
 # ---------------------------------------------------------------------------
-# JSON and dataclasses
+# Types: JSON and dataclasses
 # ---------------------------------------------------------------------------
 
 
@@ -939,6 +1048,12 @@ class ReadJsonTest(unittest.TestCase):
                     found = listed(invalid.faults)
                 self.assertEqual(found, expected)
 
+    def test_faults_are_listed_up_to_a_hundred(self) -> None:
+        for kind in (list[int], list[Union[int, None]], list[Union[int, list[int]]]):
+            with self.assertRaises(client.Invalid) as caught:
+                client.read_json(kind, ["x"] * 1000)
+            self.assertEqual(len(caught.exception.faults), 100)
+
     def test_union_is_read_as_the_member_that_fits(self) -> None:
         said = Say("say", "hi")
         cases: list[tuple[Any, Any, Any]] = [
@@ -1042,6 +1157,9 @@ class SchemaTest(unittest.TestCase):
 # ---------------------------------------------------------------------------
 # The clients
 # ---------------------------------------------------------------------------
+
+BOTH: tuple[Any, ...] = (BenchmarkEnvWS, BenchmarkEnv)
+GENERIC: tuple[Any, ...] = (client.WebSocketEnvClient, client.HTTPEnvClient)
 
 
 def told(*messages: str, http: str = "", drips: bool = False) -> Play:
@@ -1206,16 +1324,33 @@ class ClientTest(ServerCase):
             with self.assertRaises(ConnectionError):
                 env.reset()
 
+    def test_interrupt_while_it_waits_is_told_afterwards(self) -> None:
+        def interrupt(line: str) -> None:
+            if line.startswith("-> FIN=1 opcode=0x1"):
+                raise KeyboardInterrupt
+
+        env = BenchmarkEnvWS(self.running.url, trace=interrupt)
+        with self.assertRaises(KeyboardInterrupt):
+            env.reset()
+        with self.assertRaisesRegex(ConnectionError, r"lost \(KeyboardInterrupt\)"):
+            env.reset()
+
     def test_answers_that_make_no_sense(self) -> None:
         half = told(http=f"{OK}Content-Length: 9\r\n\r\nabc")
         plays = [(BenchmarkEnv, half), *answered("nonsense"), *answered("[" * 100_000)]
         for message in ("nonsense", "[]", '{"type":"state","data":{}}'):
             plays.append((BenchmarkEnvWS, told(message)))
-        for fields in ('"reward":"high"', '"reward":NaN', '"done":"no"'):
-            plays += answered(f'{{"observation":{{}},{fields}}}')
-        for data in ("5", "{}", '{"observation":{"message_length":"x"}}'):
-            plays += answered(data)
-        cases: list[Any] = [(cls, play, ConnectionError) for cls, play in plays]
+        plays += [*answered("5"), *answered('{"observation":{},"reward":NaN}')]
+        cases: list[Any] = [(cls, play, ConnectionError, "") for cls, play in plays]
+        for where, data in (
+            ("reward", '{"observation":{},"reward":"high"}'),
+            ("done", '{"observation":{},"done":"no"}'),
+            ("metadata", '{"observation":{},"metadata":5}'),
+            ("observation", "{}"),
+            ("message_length", '{"observation":{"message_length":"x"}}'),
+        ):
+            words = f"makes no sense: {where}: Input should"
+            cases += [(*each, ConnectionError, words) for each in answered(data)]
         for answer in (
             '422 X\r\n\r\n{"detail":["x"]}',
             '422 X\r\n\r\n{"detail":[{"a":1}]}',
@@ -1223,11 +1358,11 @@ class ClientTest(ServerCase):
             "302 X\r\nLocation: http://127.0.0.1:1/\r\n\r\n",
         ):
             play = told(http=f"HTTP/1.1 {answer}")
-            cases.append((BenchmarkEnv, play, client.ServerError))
-        for number, (cls, play, error) in enumerate(cases):
+            cases.append((BenchmarkEnv, play, client.ServerError, ""))
+        for number, (cls, play, error, words) in enumerate(cases):
             with self.subTest(number), played(play) as host:
                 env = cls(host)
-                with self.assertRaises(error):
+                with self.assertRaisesRegex(error, words):
                     env.reset()
                 env.close()
 
@@ -1323,21 +1458,6 @@ class ClientTest(ServerCase):
                 self.assertIs(type(again), type(error))
                 self.assertEqual((str(again), vars(again)), (str(error), vars(error)))
 
-    def test_from_env_names_the_image_of_a_space(self) -> None:
-        url, space = self.running.url, "registry.hf.space/my-org-echo-env-v2"
-        for cls, tag in itertools.product(BOTH, ({}, {"tag": "v1"})):
-            for start in (cls.from_env, cls.from_hub):
-                provider = mock.Mock()
-                provider.start_container.return_value = url
-                with start("My-Org/Echo_Env.v2", provider, port=1, **tag) as env:
-                    self.assertEqual(env.reset().reward, 0.0)
-                image = f"{space}:{tag.get('tag', 'latest')}"
-                calls = [mock.call.start_container(image, port=1)]
-                calls += [mock.call.wait_for_ready(url), mock.call.stop_container()]
-                self.assertEqual(provider.mock_calls, calls)
-            with self.assertRaisesRegex(ValueError, "use_docker"):
-                cls.from_env("a/b", provider, use_docker=False)
-
     def test_python_without_ssl_serves_and_calls(self) -> None:
         code = "import sys\nsys.modules['ssl'] = sys.modules['_ssl'] = None\n"
         code += "import client\nclient.main()\n"
@@ -1372,6 +1492,351 @@ class ClientTest(ServerCase):
             done = run("client.py", "Hi", cwd=here)
             self.assertIn("No module named 'no_such_module'", done.stderr)
             self.assertNotIn("not beside", done.stderr)
+
+
+# ---------------------------------------------------------------------------
+# Docker
+# ---------------------------------------------------------------------------
+
+# A `docker` for LocalDockerProvider, in a directory with a shell script for each image:
+# a container is a process, with a file of its process id, while it runs, and a log.
+DOCKER = r"""#!/bin/sh
+cd "$DOCKER_STATE" && echo "$@" >> calls
+for last; do case $last in openenv-*) name=$last; esac; done
+case $1 in
+run)
+    [ -e "$last" ] || { echo "Unable to find image" >&2; exit 1; }
+    touch "$name" "$name.log"
+    { sh -c "echo \$\$ > $name; . ./$last"; rm "$name"; } > "$name.log" 2>&1 & ;;
+port)
+    while [ -e "$name" ] && ! grep -q "on http://" "$name.log"; do sleep 0.1; done
+    sed -n 's,.*on http://[^:]*:\([0-9]*\).*,127.0.0.1:\1,p' "$name.log" ;;
+inspect) [ -e "$name" ] && echo true || echo false ;;
+logs) cat "$name.log" ;;
+stop) kill "$(cat "$name")" && while [ -e "$name" ]; do sleep 0.1; done ;;
+rm) rm "$name.log" ;;
+esac
+"""
+
+
+def in_dockerfile(name: str) -> str:
+    (found,) = re.findall(rf"(?m)^{name} (.+)$", read("Dockerfile"))
+    return str(found)
+
+
+needs_sh = unittest.skipUnless(os.name == "posix", "needs a POSIX shell")
+
+
+class DockerTest(ServerCase):
+    """The first container is that of README.md's block."""
+
+    def test_from_env_names_the_image_of_a_space(self) -> None:
+        url, space = self.running.url, "registry.hf.space/my-org-echo-env-v2"
+        for cls, tag in itertools.product(BOTH, ({}, {"tag": "v1"})):
+            for start in (cls.from_env, cls.from_hub):
+                provider = mock.Mock()
+                provider.start_container.return_value = url
+                with start("My-Org/Echo_Env.v2", provider, port=1, **tag) as env:
+                    self.assertEqual(env.reset().reward, 0.0)
+                image = f"{space}:{tag.get('tag', 'latest')}"
+                calls = [mock.call.start_container(image, port=1)]
+                calls += [mock.call.wait_for_ready(url), mock.call.stop_container()]
+                self.assertEqual(provider.mock_calls, calls)
+            with self.assertRaisesRegex(ValueError, "use_docker"):
+                cls.from_env("a/b", provider, use_docker=False)
+
+    @needs_sh
+    def test_image_runs_in_a_container(self) -> None:
+        _, script, *options, _ = json.loads(in_dockerfile("CMD"))
+        own = shlex.join([sys.executable, str(HERE / script), *options, "0"])
+        last = "echo last words on http://x:1"
+        with tempfile.TemporaryDirectory() as directory:
+            here = Path(directory)
+            (here / "docker").write_text(DOCKER)
+            (here / "docker").chmod(0o755)
+            (here / "benchmark-env:latest").write_text(f"exec {own}")
+            (here / "dies").write_text(last)
+            (here / "sick").write_text(f"{last}; exec sleep 60")
+            path = os.pathsep.join([directory, os.environ.get("PATH", "")])
+            with mock.patch.dict(os.environ, PATH=path, DOCKER_STATE=directory):
+                text, shown = select("python", "from_docker_image")[0]
+                said = output_of(sys.executable, "-c", text)
+                self.assertEqual(normalize(said), normalize(shown))
+                first, *_, stop, rm = (here / "calls").read_text().splitlines()
+                self.assertRegex(first, r"^run --detach .*127\.0\.0\.1::8000 ")
+                self.assertEqual((stop.split()[0], rm.split()[0]), ("stop", "rm"))
+                with self.assertRaisesRegex(RuntimeError, "Unable to find image"):
+                    BenchmarkEnv.from_docker_image("no-such-image")
+                with self.assertRaisesRegex(RuntimeError, "ended\nlast words"):
+                    BenchmarkEnvWS.from_docker_image("dies")
+                provider = client.LocalDockerProvider()
+                url = provider.start_container("sick", env_vars={"A": "b"}, memory="2g")
+                with self.assertRaisesRegex(TimeoutError, "not healthy.*\nlast words"):
+                    provider.wait_for_ready(url, timeout_s=0.1)
+                self.assertEqual(list(here.glob("openenv-*")), [])  # no container
+                os.environ["PATH"] = f"{directory}/none"
+                with self.assertRaisesRegex(RuntimeError, "no docker"):
+                    BenchmarkEnv.from_docker_image("benchmark-env:latest")
+
+
+# ---------------------------------------------------------------------------
+# Sessions
+# ---------------------------------------------------------------------------
+
+RESETTING = socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
+
+
+def step_frame(message: str) -> bytes:
+    return text_frame({"type": "step", "data": {"message": message}})
+
+
+HELLO, WAIT = step_frame("hello"), step_frame("wait")
+
+
+class Told(BenchmarkEnvironment):
+    """Does as its messages say. Does not say itself that it never waits."""
+
+    calls: list[str]  # of all of them
+    lives: list[list[str]]  # of each, the threads that made, called and closed it
+    gate: threading.Event  # which "wait" waits for
+    gives: dict[str, Any]  # what other messages than "wait" give, or raise
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.threads: list[str] = []
+        self.lives.append(self.threads)
+        self.note("made")
+
+    def note(self, call: str) -> None:
+        self.threads.append(threading.current_thread().name)
+        self.calls.append(call)
+
+    def step(self, action: BenchmarkAction, timeout_s: float | None = None) -> Any:
+        self.note(action.message)
+        if action.message == "wait":
+            self.gate.wait(PATIENCE)
+        given = self.gives.get(action.message, super().step(action))
+        if isinstance(given, BaseException):
+            raise given
+        return given
+
+    def close(self) -> None:
+        self.note("closed")
+        if self.state.episode_id == "close raises":
+            raise OSError("cannot close")
+
+
+class Quick(Told):
+    NEVER_WAITS = True
+
+
+class AppTest(unittest.TestCase):
+    def app(self, env: Any, action: type = BenchmarkAction, **options: Any) -> Any:
+        return server.create_app(env, action, BenchmarkObservation, **options)
+
+    def own(self, **members: Any) -> Any:
+        return type("Own", (BenchmarkEnvironment,), members)
+
+    def test_environment_that_cannot_work_is_refused_in_one_line(self) -> None:
+        def lacking(name: str) -> Any:
+            names = {"__init__", "reset", "step", "state"} - {name}
+            return type("Own", (), {n: vars(BenchmarkEnvironment)[n] for n in names})
+
+        own, act = self.own, BenchmarkAction
+        odd = dataclasses.make_dataclass("Odd", [("a", "Nowhere")])
+        cases: list[tuple[str, Any, type]] = [
+            ("pass the class BenchmarkEnvironment itself", BenchmarkEnvironment(), act),
+            ("^Own.state is a method: put @property", own(state=lambda _: 0), act),
+            (r"^Own\(\): .*path", own(__init__=lambda self, path: None), act),
+            ("^Own has no method reset$", lacking("reset"), act),
+            ("^Own has no method step$", lacking("step"), act),
+            ("^Own has no property state$", lacking("state"), act),
+            ("Odd.a .*Nowhere", BenchmarkEnvironment, odd),
+            ("^int is no dataclass", BenchmarkEnvironment, int),
+        ]
+        for words, env, action in cases:
+            refusal = self.assertRaisesRegex(TypeError, words)
+            with self.subTest(words), refusal as caught:
+                self.app(env, action)
+            self.assertNotIn("\n", str(caught.exception))
+
+    def test_number_of_environments_is_what_the_class_allows(self) -> None:
+        def factory(cls: Any = BenchmarkEnvironment) -> Any:
+            return cls()
+
+        of, many = functools.partial, BenchmarkEnvironment
+        single = self.own(SUPPORTS_CONCURRENT_SESSIONS=False)
+        self.assertEqual(self.app(many).max_concurrent_envs, 1000)
+        for env in (many, factory, of(many), of(factory, many)):
+            app = self.app(env, max_concurrent_envs=64)
+            self.assertEqual(app.max_concurrent_envs, 64)
+        for env in (single, of(single), of(factory, single)):
+            self.assertEqual(self.app(env).max_concurrent_envs, 1)
+            with self.assertRaisesRegex(ValueError, "SUPPORTS_CONCURRENT_SESSIONS"):
+                self.app(env, max_concurrent_envs=2)
+
+    def test_name_is_that_of_the_class_or_the_one_given(self) -> None:
+        self.assertEqual(self.app(self.own()).metadata["name"], "Own")
+        self.assertEqual(self.app(self.own(), env_name="x").metadata["name"], "x")
+
+    def test_environment_may_be_asynchronous(self) -> None:
+        class Async(BenchmarkEnvironment):
+            async def reset_async(self, **given: Any) -> BenchmarkObservation:
+                self.lock, self.given = asyncio.Lock(), given
+                return self.reset()
+
+            async def step_async(self, action: BenchmarkAction) -> BenchmarkObservation:
+                async with self.lock:
+                    await asyncio.sleep(0)
+                observation = self.step(action)
+                observation.metadata.update(self.given)
+                return observation
+
+        with serve(Async) as running:
+            for cls in BOTH:
+                with cls(running.url) as env:
+                    env.reset(seed=5, level="hard")
+                    metadata = env.step(BenchmarkAction("x")).observation.metadata
+                    self.assertEqual(metadata, {"step": 1, "seed": 5, "level": "hard"})
+
+    def test_action_that_fails_by_itself_hurts_nobody(self) -> None:
+        @dataclass
+        class Fussy(BenchmarkAction):
+            def __post_init__(self) -> None:
+                if self.message == "no":
+                    sys.exit("no")
+
+        app = self.app(BenchmarkEnvironment, Fussy)
+        with app.start() as running, BenchmarkEnvWS(running.url) as env:
+            failure = self.assertRaisesRegex(RuntimeError, "no .code: EXECUTION_ERROR")
+            with self.assertLogs("openenv", "ERROR"), failure:
+                env.step(BenchmarkAction("no"))
+            self.assertEqual(env.step(BenchmarkAction("yes")).reward, 0.3)
+
+
+class ToldCase(ServerCase):
+    """A server for each test, and two sessions, of environments that do as told."""
+
+    kind: type[Told] = Told
+
+    def setUp(self) -> None:
+        Told.calls, Told.lives, Told.gate = [], [], threading.Event()
+        Told.gives = {"big": BenchmarkObservation("x" * (1 << 23))}
+        # In the end each was closed, and once.
+        self.addCleanup(wait_until, lambda: self.closed() == len(Told.lives))
+        self.running = self.start(self.kind, **self.options)
+        self.addCleanup(Told.gate.set)
+        self.first, self.second = (self.peer().upgrade() for _ in range(2))
+        wait_until(lambda: Told.calls == ["made", "made"], "two sessions")
+
+    def start(self, env: Any, **options: Any) -> server.Server:
+        running = serve(env, **options)
+        self.addCleanup(running.stop)
+        return running
+
+    def step(self, peer: RawPeer, message: str = "hello") -> Any:
+        peer.send(step_frame(message))
+        return peer.message()["data"]
+
+    def closed(self) -> int:
+        return Told.calls.count("closed")
+
+
+class SessionTest(ToldCase):
+    options = {"max_concurrent_envs": 3}  # noqa: RUF012
+
+    def test_session_of_http_has_a_name_and_a_place(self) -> None:
+        full = "'code': 'CAPACITY_REACHED', 'active_sessions': 3, 'max_sessions': 3"
+        long = "b" * 255
+        for path, session, status, words in (
+            ("/step", "a", 404, "reset first"),
+            ("/state", "a", 404, "reset first"),
+            ("/close", "a", 404, "reset first"),
+            ("/state", "", 422, "1 to 255"),
+            ("/state", "x" * 256, 422, "1 to 255"),
+            ("/reset", long, 200, "ready"),
+            ("/state", long, 200, "'step_count': 0"),
+            ("/reset", "a", 503, full),
+            ("/state", None, 503, full),
+            ("/close", long, 200, "closed"),
+            ("/close", None, 404, "send the X-Session-Id"),
+            ("/state", None, 200, "'step_count': 0"),
+            ("/step", None, 200, "'step': 1"),
+            ("/step", None, 200, "'step': 2"),
+            ("/state", None, 200, "'step_count': 2"),
+        ):
+            method = "GET" if path == "/state" else "POST"
+            body = STEP_BODY if path == "/step" else None
+            headers = {} if session is None else {"X-Session-Id": session}
+            with self.subTest(path, session=session):
+                answer = self.http(method, path, body, headers)
+                self.assertEqual(answer[0], status)
+                self.assertIn(words, str(answer[1]))
+        peer = self.peer().upgrade()
+        answer = peer.message()
+        self.assertEqual(answer["type"], "error")
+        self.assertIn(full, str(answer["data"]))
+        self.assertEqual(peer.close_code(), 1013)
+        self.assertEqual(self.http("POST", "/close")[0], 200)
+        self.assertEqual(self.closed(), 2)
+
+    def test_place_is_free_when_the_connection_ends(self) -> None:
+        class Lasting(BenchmarkEnvironment):
+            def close(self) -> None:
+                time.sleep(0.1)
+
+        running = self.start(Lasting, max_concurrent_envs=1)
+        for _ in range(3):
+            peer = self.peer(running).upgrade()
+            self.assertIn("observation", self.step(peer))
+            peer.send(frame(8))
+            self.assertEqual(peer.close_code(), 0)
+
+    def test_idle_sessions_end(self) -> None:
+        self.running.app.session_timeout = 0.2
+        self.assertEqual(self.http("POST", "/reset")[0], 200)
+        for peer in (self.first, self.second):
+            self.assertEqual(peer.close_code(), 1001)
+        wait_until(lambda: self.closed() == 3)
+        self.assertEqual(self.http("POST", "/close")[0], 404)
+
+    def test_stop_answers_steps_in_progress(self) -> None:
+        other = self.peer(self.start(BenchmarkEnvironment)).upgrade()
+        kept = self.peer()
+        self.assertEqual(kept.ask(HEALTH)[0], 200)
+        self.first.send(WAIT)
+        wait_until(lambda: Counter(Told.calls) == {"made": 2, "wait": 1})
+        with ThreadPoolExecutor(1) as pool:
+            stopping = pool.submit(self.running.stop)
+            self.assertEqual(self.second.close_code(), 1001)
+            self.assertTrue(kept.at_end())
+            Told.gate.set()
+            self.assertEqual(self.first.message()["data"]["metadata"], {"step": 1})
+            self.assertEqual(self.first.close_code(), 1001)
+            self.assertFalse(stopping.result(PATIENCE))
+        self.assertEqual(self.closed(), 2)
+        with self.assertRaises(OSError):
+            self.peer()
+        self.assertIn("observation", self.step(other))
+
+    def test_stop_does_not_wait_for_what_is_stuck(self) -> None:
+        def factory() -> Told:
+            Told.calls.append("making")
+            Told.gate.wait(PATIENCE)
+            return Told()
+
+        self.first.send(WAIT)
+        making = self.start(factory)
+        self.peer(making).upgrade()
+        wait_until(lambda: sorted(Told.calls) == ["made", "made", "making", "wait"])
+        with constants(GRACE_SECONDS=0.1):
+            began = time.monotonic()
+            self.assertTrue(self.running.stop())  # it says so
+            making.stop()
+            self.assertLess(time.monotonic() - began, 3)
+            self.assertEqual(self.closed(), 2)
+            Told.gate.set()
+            wait_until(lambda: self.closed() == 3)
 
 
 # ---------------------------------------------------------------------------
@@ -1676,271 +2141,6 @@ class OriginTest(ServerCase):
                 origin = f"HOST\nOrigin: https://{name}"
                 self.check(running, 200, f"Host: {name}", origin)
             self.check(running, 403, "HOST\nOrigin: https://c.example")
-
-
-# ---------------------------------------------------------------------------
-# Sessions
-# ---------------------------------------------------------------------------
-
-UPGRADE = (
-    "GET /ws HTTP/1.1\nHost: localhost\nUpgrade: h2c, WebSocket\n"
-    "Connection: keep-alive, UPGRADE\n"
-    "Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\nSec-WebSocket-Version: 13"
-)
-RESETTING = socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
-
-
-def step_frame(message: str) -> bytes:
-    return text_frame({"type": "step", "data": {"message": message}})
-
-
-HELLO, WAIT = step_frame("hello"), step_frame("wait")
-
-
-class Told(BenchmarkEnvironment):
-    """Does as its messages say. Does not say itself that it never waits."""
-
-    calls: list[str]  # of all of them
-    lives: list[list[str]]  # of each, the threads that made, called and closed it
-    gate: threading.Event  # which "wait" waits for
-    gives: dict[str, Any]  # what other messages than "wait" give, or raise
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.threads: list[str] = []
-        self.lives.append(self.threads)
-        self.note("made")
-
-    def note(self, call: str) -> None:
-        self.threads.append(threading.current_thread().name)
-        self.calls.append(call)
-
-    def step(self, action: BenchmarkAction, timeout_s: float | None = None) -> Any:
-        self.note(action.message)
-        if action.message == "wait":
-            self.gate.wait(PATIENCE)
-        given = self.gives.get(action.message, super().step(action))
-        if isinstance(given, BaseException):
-            raise given
-        return given
-
-    def close(self) -> None:
-        self.note("closed")
-        if self.state.episode_id == "close raises":
-            raise OSError("cannot close")
-
-
-class Quick(Told):
-    NEVER_WAITS = True
-
-
-class AppTest(unittest.TestCase):
-    def app(self, env: Any, action: type = BenchmarkAction, **options: Any) -> Any:
-        return server.create_app(env, action, BenchmarkObservation, **options)
-
-    def own(self, **members: Any) -> Any:
-        return type("Own", (BenchmarkEnvironment,), members)
-
-    def test_environment_that_cannot_work_is_refused_in_one_line(self) -> None:
-        def lacking(name: str) -> Any:
-            names = {"__init__", "reset", "step", "state"} - {name}
-            return type("Own", (), {n: vars(BenchmarkEnvironment)[n] for n in names})
-
-        own, act = self.own, BenchmarkAction
-        odd = dataclasses.make_dataclass("Odd", [("a", "Nowhere")])
-        cases: list[tuple[str, Any, type]] = [
-            ("pass the class BenchmarkEnvironment itself", BenchmarkEnvironment(), act),
-            ("^Own.state is a method: put @property", own(state=lambda _: 0), act),
-            (r"^Own\(\): .*path", own(__init__=lambda self, path: None), act),
-            ("^Own has no method reset$", lacking("reset"), act),
-            ("^Own has no method step$", lacking("step"), act),
-            ("^Own has no property state$", lacking("state"), act),
-            ("Odd.a .*Nowhere", BenchmarkEnvironment, odd),
-            ("^int is no dataclass", BenchmarkEnvironment, int),
-        ]
-        for words, env, action in cases:
-            refusal = self.assertRaisesRegex(TypeError, words)
-            with self.subTest(words), refusal as caught:
-                self.app(env, action)
-            self.assertNotIn("\n", str(caught.exception))
-
-    def test_number_of_environments_is_what_the_class_allows(self) -> None:
-        def factory(cls: Any = BenchmarkEnvironment) -> Any:
-            return cls()
-
-        of, many = functools.partial, BenchmarkEnvironment
-        single = self.own(SUPPORTS_CONCURRENT_SESSIONS=False)
-        self.assertEqual(self.app(many).max_concurrent_envs, 1000)
-        for env in (many, factory, of(many), of(factory, many)):
-            app = self.app(env, max_concurrent_envs=64)
-            self.assertEqual(app.max_concurrent_envs, 64)
-        for env in (single, of(single), of(factory, single)):
-            self.assertEqual(self.app(env).max_concurrent_envs, 1)
-            with self.assertRaisesRegex(ValueError, "SUPPORTS_CONCURRENT_SESSIONS"):
-                self.app(env, max_concurrent_envs=2)
-
-    def test_name_is_that_of_the_class_or_the_one_given(self) -> None:
-        self.assertEqual(self.app(self.own()).metadata["name"], "Own")
-        self.assertEqual(self.app(self.own(), env_name="x").metadata["name"], "x")
-
-    def test_environment_may_be_asynchronous(self) -> None:
-        class Async(BenchmarkEnvironment):
-            async def reset_async(self, **given: Any) -> BenchmarkObservation:
-                self.lock, self.given = asyncio.Lock(), given
-                return self.reset()
-
-            async def step_async(self, action: BenchmarkAction) -> BenchmarkObservation:
-                async with self.lock:
-                    await asyncio.sleep(0)
-                observation = self.step(action)
-                observation.metadata.update(self.given)
-                return observation
-
-        with serve(Async) as running:
-            for cls in BOTH:
-                with cls(running.url) as env:
-                    env.reset(seed=5, level="hard")
-                    metadata = env.step(BenchmarkAction("x")).observation.metadata
-                    self.assertEqual(metadata, {"step": 1, "seed": 5, "level": "hard"})
-
-    def test_action_that_fails_by_itself_hurts_nobody(self) -> None:
-        @dataclass
-        class Fussy(BenchmarkAction):
-            def __post_init__(self) -> None:
-                if self.message == "no":
-                    sys.exit("no")
-
-        app = self.app(BenchmarkEnvironment, Fussy)
-        with app.start() as running, BenchmarkEnvWS(running.url) as env:
-            failure = self.assertRaisesRegex(RuntimeError, "no .code: EXECUTION_ERROR")
-            with self.assertLogs("openenv", "ERROR"), failure:
-                env.step(BenchmarkAction("no"))
-            self.assertEqual(env.step(BenchmarkAction("yes")).reward, 0.3)
-
-
-class ToldCase(ServerCase):
-    """A server for each test, and two sessions, of environments that do as told."""
-
-    kind: type[Told] = Told
-
-    def setUp(self) -> None:
-        Told.calls, Told.lives, Told.gate = [], [], threading.Event()
-        Told.gives = {"big": BenchmarkObservation("x" * (1 << 23))}
-        # In the end each was closed, and once.
-        self.addCleanup(wait_until, lambda: self.closed() == len(Told.lives))
-        self.running = self.start(self.kind, **self.options)
-        self.addCleanup(Told.gate.set)
-        self.first, self.second = (self.peer().upgrade() for _ in range(2))
-        wait_until(lambda: Told.calls == ["made", "made"], "two sessions")
-
-    def start(self, env: Any, **options: Any) -> server.Server:
-        running = serve(env, **options)
-        self.addCleanup(running.stop)
-        return running
-
-    def step(self, peer: RawPeer, message: str = "hello") -> Any:
-        peer.send(step_frame(message))
-        return peer.message()["data"]
-
-    def closed(self) -> int:
-        return Told.calls.count("closed")
-
-
-class SessionTest(ToldCase):
-    options = {"max_concurrent_envs": 3}  # noqa: RUF012
-
-    def test_session_of_http_has_a_name_and_a_place(self) -> None:
-        full = "'code': 'CAPACITY_REACHED', 'active_sessions': 3, 'max_sessions': 3"
-        long = "b" * 255
-        for path, session, status, words in (
-            ("/step", "a", 404, "reset first"),
-            ("/state", "a", 404, "reset first"),
-            ("/close", "a", 404, "reset first"),
-            ("/state", "", 422, "1 to 255"),
-            ("/state", "x" * 256, 422, "1 to 255"),
-            ("/reset", long, 200, "ready"),
-            ("/state", long, 200, "'step_count': 0"),
-            ("/reset", "a", 503, full),
-            ("/state", None, 503, full),
-            ("/close", long, 200, "closed"),
-            ("/close", None, 404, "send the X-Session-Id"),
-            ("/state", None, 200, "'step_count': 0"),
-            ("/step", None, 200, "'step': 1"),
-            ("/step", None, 200, "'step': 2"),
-            ("/state", None, 200, "'step_count': 2"),
-        ):
-            method = "GET" if path == "/state" else "POST"
-            body = STEP_BODY if path == "/step" else None
-            headers = {} if session is None else {"X-Session-Id": session}
-            with self.subTest(path, session=session):
-                answer = self.http(method, path, body, headers)
-                self.assertEqual(answer[0], status)
-                self.assertIn(words, str(answer[1]))
-        peer = self.peer().upgrade()
-        answer = peer.message()
-        self.assertEqual(answer["type"], "error")
-        self.assertIn(full, str(answer["data"]))
-        self.assertEqual(peer.close_code(), 1013)
-        self.assertEqual(self.http("POST", "/close")[0], 200)
-        self.assertEqual(self.closed(), 2)
-
-    def test_place_is_free_when_the_connection_ends(self) -> None:
-        class Lasting(BenchmarkEnvironment):
-            def close(self) -> None:
-                time.sleep(0.1)
-
-        running = self.start(Lasting, max_concurrent_envs=1)
-        for _ in range(3):
-            peer = self.peer(running).upgrade()
-            self.assertIn("observation", self.step(peer))
-            peer.send(frame(8))
-            self.assertEqual(peer.close_code(), 0)
-
-    def test_idle_sessions_end(self) -> None:
-        self.running.app.session_timeout = 0.2
-        self.assertEqual(self.http("POST", "/reset")[0], 200)
-        for peer in (self.first, self.second):
-            self.assertEqual(peer.close_code(), 1001)
-        wait_until(lambda: self.closed() == 3)
-        self.assertEqual(self.http("POST", "/close")[0], 404)
-
-    def test_stop_answers_steps_in_progress(self) -> None:
-        other = self.peer(self.start(BenchmarkEnvironment)).upgrade()
-        kept = self.peer()
-        self.assertEqual(kept.ask(HEALTH)[0], 200)
-        self.first.send(WAIT)
-        wait_until(lambda: Counter(Told.calls) == {"made": 2, "wait": 1})
-        with ThreadPoolExecutor(1) as pool:
-            stopping = pool.submit(self.running.stop)
-            self.assertEqual(self.second.close_code(), 1001)
-            self.assertTrue(kept.at_end())
-            Told.gate.set()
-            self.assertEqual(self.first.message()["data"]["metadata"], {"step": 1})
-            self.assertEqual(self.first.close_code(), 1001)
-            self.assertFalse(stopping.result(PATIENCE))
-        self.assertEqual(self.closed(), 2)
-        with self.assertRaises(OSError):
-            self.peer()
-        self.assertIn("observation", self.step(other))
-
-    def test_stop_does_not_wait_for_what_is_stuck(self) -> None:
-        def factory() -> Told:
-            Told.calls.append("making")
-            Told.gate.wait(PATIENCE)
-            return Told()
-
-        self.first.send(WAIT)
-        making = self.start(factory)
-        self.peer(making).upgrade()
-        wait_until(lambda: sorted(Told.calls) == ["made", "made", "making", "wait"])
-        with constants(GRACE_SECONDS=0.1):
-            began = time.monotonic()
-            self.assertTrue(self.running.stop())  # it says so
-            making.stop()
-            self.assertLess(time.monotonic() - began, 3)
-            self.assertEqual(self.closed(), 2)
-            Told.gate.set()
-            wait_until(lambda: self.closed() == 3)
 
 
 # ---------------------------------------------------------------------------
@@ -2317,59 +2517,6 @@ class OwnThreadTest(ServingTest):
 # The command lines
 # ---------------------------------------------------------------------------
 
-PIPES: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8"}
-Done = subprocess.CompletedProcess
-
-
-def environment(**extra: str) -> dict[str, str]:
-    """What a command of ours needs of this process's environment."""
-    kept = {k: v for k, v in os.environ.items() if k not in ("PORT", "SPACE_HOST")}
-    return {**kept, "PYTHONUNBUFFERED": "1", **extra}
-
-
-def run(*arguments: str | Path, cwd: Path = HERE, **env: str) -> Done[str]:
-    """Run Python with these arguments to its end."""
-    command = [sys.executable, *map(str, arguments)]
-    options = {"cwd": cwd, "env": environment(**env), "timeout": 60, **PIPES}
-    return subprocess.run(command, check=False, **options)
-
-
-def is_healthy(url: str) -> bool:
-    with contextlib.suppress(OSError):
-        return exchange(url, "GET", "/health")[0] == 200
-    return False
-
-
-class Command:
-    """A server in a process of its own, as ``python3 server.py`` starts it.
-
-    ``lines`` are the rest of its output, once it has ended, and ``errors`` what it logged.
-    """
-
-    url, server_port = "", 0
-
-    def __init__(self, *arguments: str, cwd: Path = HERE, **env: str) -> None:
-        command = [sys.executable, str(HERE / "server.py"), "--port", "0", *arguments]
-        options = {"cwd": cwd, "env": environment(**env), **PIPES}
-        self.process: Any = subprocess.Popen(command, **options)
-        self.line = self.next_line()
-
-    def next_line(self) -> str:
-        """Return its next line; a URL in it is where the server is from now on."""
-        line: str = self.process.stdout.readline().rstrip("\n")
-        if found := re.search(r"http://\S+?:(\d+)", line):
-            self.url, self.server_port = found[0], int(found[1])
-        return line
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.process.terminate()
-        output, self.errors = self.process.communicate(timeout=PATIENCE)
-        self.lines = output.splitlines()
-
-
 OWN = """\
 from __future__ import annotations
 import atexit, multiprocessing, os, time
@@ -2657,7 +2804,6 @@ KEYS = {"Enter": (13, "\r"), "Tab": (9, ""), "ArrowDown": (40, "")}
 SAID = r"Log\.entryAdded|Runtime\.(exceptionThrown|consoleAPICalled)"
 CONTROLS = ("button", "checkbox", "combobox", "link", "spinbutton", "textbox")
 MARKUP = "<img src=x onerror=window.hacked=1>"
-
 # Run in every document before its own scripts: short names for the tests, and where one
 # letter stands; violations of the policy, said aloud; how much has moved by itself.
 PREPARE = """
@@ -3262,33 +3408,6 @@ class PageTest(unittest.TestCase):
 # ---------------------------------------------------------------------------
 
 README_URL = "http://localhost:8000"  # of the server in README.md's examples
-
-# A `docker` for LocalDockerProvider, in a directory with a shell script for each image:
-# a container is a process, with a file of its process id, while it runs, and a log.
-DOCKER = r"""#!/bin/sh
-cd "$DOCKER_STATE" && echo "$@" >> calls
-for last; do case $last in openenv-*) name=$last; esac; done
-case $1 in
-run)
-    [ -e "$last" ] || { echo "Unable to find image" >&2; exit 1; }
-    touch "$name" "$name.log"
-    { sh -c "echo \$\$ > $name; . ./$last"; rm "$name"; } > "$name.log" 2>&1 & ;;
-port)
-    while [ -e "$name" ] && ! grep -q "on http://" "$name.log"; do sleep 0.1; done
-    sed -n 's,.*on http://[^:]*:\([0-9]*\).*,127.0.0.1:\1,p' "$name.log" ;;
-inspect) [ -e "$name" ] && echo true || echo false ;;
-logs) cat "$name.log" ;;
-stop) kill "$(cat "$name")" && while [ -e "$name" ]; do sleep 0.1; done ;;
-rm) rm "$name.log" ;;
-esac
-"""
-
-
-def read(name: str) -> str:
-    return (HERE / name).read_text("utf-8")
-
-
-README = read("README.md")
 # A block: its language, its text, and that of a block ``text`` right behind it.
 FENCED = r"(?ms)^```(\w+)\n(.*?)^```$(?:\n\n^```text\n(.*?)^```$)?"
 
@@ -3301,12 +3420,6 @@ def select(language: str, pattern: str = "") -> list[tuple[str, str]]:
 def one(language: str, pattern: str = "") -> str:
     ((text, _),) = select(language, pattern)
     return text
-
-
-def copy_files(target: Path, *names: str) -> None:
-    target.mkdir(exist_ok=True)
-    for name in names or ("benchmark.py", "client.py", "server.py"):
-        shutil.copy(HERE / name, target)
 
 
 def normalize(text: str) -> str:
@@ -3322,40 +3435,6 @@ def normalize(text: str) -> str:
     return text.strip()
 
 
-def output_of(*command: str | Path, cwd: Path = HERE) -> str:
-    """Run a command; return what it prints, on standard error too, in order."""
-    pipes: Any = {"stdin": subprocess.DEVNULL, "stderr": subprocess.STDOUT}
-    options: Any = {"env": environment(), "encoding": "utf-8", "timeout": 60, **pipes}
-    try:
-        return str(subprocess.check_output([*map(str, command)], cwd=cwd, **options))
-    except subprocess.CalledProcessError as error:
-        raise AssertionError(f"{error}: {error.output}") from None
-
-
-@contextlib.contextmanager
-def serving(*arguments: str, cwd: Path = HERE) -> Iterator[str]:
-    """Run a server command, after ``python3``, on a free port; yield its URL."""
-    command = [sys.executable, *arguments, "--port=0"]
-    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    process: Any = subprocess.Popen(command, cwd=cwd, env=environment(), **pipes)
-    with process:
-        try:
-            line = process.stdout.readline().decode()
-            url = re.search(r"http://[^:/]+:\d+", line)
-            assert url, f"{line}{process.stdout.read().decode()}"
-            yield url[0]
-        finally:
-            process.terminate()
-
-
-def in_dockerfile(name: str) -> str:
-    (found,) = re.findall(rf"(?m)^{name} (.+)$", read("Dockerfile"))
-    return str(found)
-
-
-needs_sh = unittest.skipUnless(os.name == "posix", "needs a POSIX shell")
-
-
 class ReadmeExamplesTest(unittest.TestCase):
     """Every Python block, every command, and every output."""
 
@@ -3363,45 +3442,11 @@ class ReadmeExamplesTest(unittest.TestCase):
     # Commands of other programs; and this one.
     OTHERS = ("docker", "openenv", "python -m uvicorn", "python3 -m unittest")
 
-    def run_python(self, text: str, output: str) -> None:
-        shown = output_of(sys.executable, "-c", text)
-        self.assertEqual(normalize(shown), normalize(output), text)
-
     def test_python_blocks(self) -> None:
         """The first is run in CopiesTest, those of the own environment as files."""
-        _, program = select("python", r"\A(?!# my_)(?![^$]*from_docker_image)")
-        self.run_python(*program)
-
-    @needs_sh
-    def test_docker_block(self) -> None:
-        _, script, *options, _ = json.loads(in_dockerfile("CMD"))
-        own = shlex.join([sys.executable, str(HERE / script), *options, "0"])
-        last = "echo last words on http://x:1"
-        with tempfile.TemporaryDirectory() as directory:
-            here = Path(directory)
-            (here / "docker").write_text(DOCKER)
-            (here / "docker").chmod(0o755)
-            (here / "benchmark-env:latest").write_text(f"exec {own}")
-            (here / "dies").write_text(last)
-            (here / "sick").write_text(f"{last}; exec sleep 60")
-            path = os.pathsep.join([directory, os.environ.get("PATH", "")])
-            with mock.patch.dict(os.environ, PATH=path, DOCKER_STATE=directory):
-                self.run_python(*select("python", "from_docker_image")[0])
-                first, *_, stop, rm = (here / "calls").read_text().splitlines()
-                self.assertRegex(first, r"^run --detach .*127\.0\.0\.1::8000 ")
-                self.assertEqual((stop.split()[0], rm.split()[0]), ("stop", "rm"))
-                with self.assertRaisesRegex(RuntimeError, "Unable to find image"):
-                    BenchmarkEnv.from_docker_image("no-such-image")
-                with self.assertRaisesRegex(RuntimeError, "ended\nlast words"):
-                    BenchmarkEnvWS.from_docker_image("dies")
-                provider = client.LocalDockerProvider()
-                url = provider.start_container("sick", env_vars={"A": "b"}, memory="2g")
-                with self.assertRaisesRegex(TimeoutError, "not healthy.*\nlast words"):
-                    provider.wait_for_ready(url, timeout_s=0.1)
-                self.assertEqual(list(here.glob("openenv-*")), [])  # no container
-                os.environ["PATH"] = f"{directory}/none"
-                with self.assertRaisesRegex(RuntimeError, "no docker"):
-                    BenchmarkEnv.from_docker_image("benchmark-env:latest")
+        _, (text, due) = select("python", r"\A(?!# my_)(?![^$]*from_docker_image)")
+        shown = output_of(sys.executable, "-c", text)
+        self.assertEqual(normalize(shown), normalize(due), text)
 
     @needs_sh
     def test_commands(self) -> None:
@@ -3429,9 +3474,9 @@ class ReadmeExamplesTest(unittest.TestCase):
 
     def check(self, command: str, expected: str, here: Path, url: str) -> None:
         if re.search(r"^python3.*\bserver\b", command):
-            with serving(*shlex.split(command)[1:], cwd=here) as own:
+            with Command(program=shlex.split(command)[1:], cwd=here) as own:
                 name = command.partition("--allow-origin ")[2] or "localhost"
-                answer = exchange(own, "GET", "/health", headers={"Host": name})
+                answer = exchange(own.url, "GET", "/health", headers={"Host": name})
                 self.assertEqual(answer, (200, {"status": "healthy"}))
             return
         if command.startswith("curl ") and not shutil.which("curl"):
@@ -3549,7 +3594,8 @@ class OwnEnvironmentTest(unittest.TestCase):
             here = Path(directory)
             copy_files(here)
             (here / "my_env.py").write_text(game, "utf-8")
-            with serving(*command[1:], cwd=here) as url:
+            with Command(program=command[1:], cwd=here) as running:
+                url = running.url
                 for base in ("WebSocketEnvClient", "HTTPEnvClient"):
                     text = own_client.replace(README_URL, url)
                     text = text.replace("WebSocketEnvClient", base)
@@ -3594,6 +3640,10 @@ class OwnEnvironmentTest(unittest.TestCase):
         kinds = [fault["type"] for fault in caught.exception.faults]
         self.assertEqual(kinds, ["greater_than_equal", "float_type", "too_long"])
 
+
+# ---------------------------------------------------------------------------
+# Deployment: copies of the files, the image, nginx
+# ---------------------------------------------------------------------------
 
 MYPY = os.environ.get("MYPY") or shutil.which("mypy")  # the path of a mypy
 
@@ -3833,7 +3883,6 @@ class NginxTest(unittest.TestCase):
 # ---------------------------------------------------------------------------
 
 OPENENV = os.environ.get("OPENENV_PYTHON", "")  # a Python that has openenv 0.10.0
-
 # What it runs: tests against three servers of this project, and a server of its own.
 OPENENV_TESTS = """
 import asyncio, math, pathlib, socket, sys, threading, time, unittest, uvicorn
