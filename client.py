@@ -141,7 +141,8 @@ class Protocol:
         self.outbox = bytearray()
         self.close_sent = self.close_received = False  # after which nothing may come
         self.ending: ConnectionClosed | None = None  # why no more bytes are taken
-        self.closed: ConnectionClosed | None = None  # the same, once the inbox is empty
+        self.closed: ConnectionClosed | None = None  # the same, once all is answered
+        self.answering = False  # whether a fault waits until `send` answers a message
         self.expected = 0  # bytes that the current frame still lacks
         self._buffer = bytearray()  # bytes that are not parsed yet
         self._kind = CONTINUATION  # the opcode of the message that is being read
@@ -172,7 +173,8 @@ class Protocol:
 
     def settle(self) -> None:
         """Answer the peer's Close or fault, if all messages before it were taken."""
-        if self.ending and not self.inbox and not self.closed:
+        waits = self.inbox or self.answering and not self.close_received
+        if self.ending and not waits and not self.closed:
             words = "" if self.close_received else self.ending.reason
             self.close(self.ending.code, words)
             self.closed = self.ending
@@ -290,6 +292,7 @@ class Protocol:
             self._put(TEXT, message.encode())
         else:
             self._put(BINARY, message)
+        self.answering = False
         self.settle()
 
     def close(self, code: int = NORMAL, reason: str = "") -> None:
@@ -301,7 +304,7 @@ class Protocol:
         text = reason.encode()[:123].decode(errors="ignore")  # 125 bytes with the code
         body = struct.pack("!H", code) + text.encode()
         self._put(CLOSE, b"" if code == NO_STATUS else body)
-        self.close_sent = True
+        self.close_sent, self.answering = True, False
         self.inbox.clear()
 
     def _put(self, opcode: int, payload: bytes | bytearray) -> None:
@@ -427,11 +430,14 @@ class WebSocket:
             self._move(not self._receiving)
 
     def take(self) -> str | bytes | None:
-        """Return a message, or None until one has come and all that was sent is taken."""
+        """Return a message to be answered by `send`, and a fault behind it only then; None
+        until one has come and all that was sent is taken.
+        """
         with self._lock:
-            if self.protocol.inbox and not self.protocol.outbox:
-                return self.protocol.inbox.popleft()
-            return None
+            if self.protocol.outbox or not self.protocol.inbox:
+                return None
+            self.protocol.answering = True
+            return self.protocol.inbox.popleft()
 
     def recv(self, eager: float = 0.0) -> str | bytes:
         """Wait for one whole message: str if it is text, bytes if it is binary.
@@ -513,7 +519,7 @@ class WebSocket:
             self.sock.close()
 
     def _lose(self, reason: str) -> None:
-        self.at_end = True
+        self.at_end, self.protocol.answering = True, False
         self.protocol.outbox.clear()
         self.protocol.receive_eof(reason)
 

@@ -33,6 +33,7 @@ import logging
 import os
 import re
 import selectors
+import signal
 import socket
 import socketserver
 import sys
@@ -53,29 +54,13 @@ if __name__ == "__main__" and not (__package__ or importlib.util.find_spec("clie
 if __package__:  # the files were copied into a package; these are all the names below
     from .client import *  # type: ignore[import-not-found,unused-ignore]
 else:
+    # isort: off
     from client import (  # type: ignore[import-not-found,no-redef,unused-ignore]
-        BOUNDS,
-        EAGER_SECONDS,
-        GOING_AWAY,
-        INTERNAL_ERROR,
-        TRY_AGAIN_LATER,
-        VERSION,
-        BenchmarkEnv,
-        ConnectionClosed,
-        Invalid,
-        Protocol,
-        WebSocket,
-        accept_key,
-        decode_json,
-        describe_fault,
-        encode_json,
-        fields_of,
-        read_fields,
-        read_json,
-        say,
-        split_type,
-        to_json,
-    )
+        BOUNDS, EAGER_SECONDS, GOING_AWAY, INTERNAL_ERROR, TRY_AGAIN_LATER, VERSION,
+        BenchmarkEnv, ConnectionClosed, Invalid, Protocol, WebSocket, accept_key,
+        decode_json, describe_fault, encode_json, fields_of, read_fields, read_json,
+        say, split_type, to_json,
+    )  # fmt: skip
 
 log = logging.getLogger("openenv")
 
@@ -93,8 +78,8 @@ TURN = 10  # messages of one session that are answered before it is the others' 
 # JSON Schema of a dataclass
 # ---------------------------------------------------------------------------
 
-_NULL = {"type": "null"}
 _NAMES = {str: "string", int: "integer", float: "number", bool: "boolean"}
+_NAMES[type(None)] = "null"
 
 
 def json_schema(cls: Any, extra: bool = False) -> dict[str, Any]:
@@ -122,7 +107,7 @@ def json_schema(cls: Any, extra: bool = False) -> dict[str, Any]:
     return schema
 
 
-def _field_schema(field: dataclasses.Field[Any], kind: Any) -> dict[str, Any]:
+def _field_schema(field: dataclasses.Field[Any], kind: Any) -> Any:
     schema = {**_type_schema(kind), **field.metadata}
     for keyword, (measured, *_) in BOUNDS.items():
         numbers, bound = (int, float), schema.get(keyword, 0)
@@ -134,15 +119,12 @@ def _field_schema(field: dataclasses.Field[Any], kind: Any) -> dict[str, Any]:
         schema["default"] = field.default
     elif field.default_factory in (dict, list, set, tuple):  # others may differ
         schema["default"] = field.default_factory()
-    checked: dict[str, Any] = decode_json(encode_json(schema))
-    return checked
+    return decode_json(encode_json(schema))
 
 
 def _type_schema(kind: Any) -> dict[str, Any]:
     if kind is Any:
         return {}
-    if kind is type(None):
-        return _NULL
     if kind in _NAMES:
         return {"type": _NAMES[kind]}
     if dataclasses.is_dataclass(kind):
@@ -160,14 +142,11 @@ def _type_schema(kind: Any) -> dict[str, Any]:
             raise TypeError(f"the keys of {kind} must be str, as in JSON")
         return {"type": "object", "additionalProperties": _type_schema(value) or True}
     if origin is tuple and arguments and arguments[-1] is not ...:
-        items = [_type_schema(item) for item in arguments]
-        size = {"minItems": len(items), "maxItems": len(items)}
-        return {"type": "array", "prefixItems": items, **size}
+        size = {"minItems": len(arguments), "maxItems": len(arguments)}
+        return {"type": "array", "prefixItems": [*map(_type_schema, arguments)], **size}
     if origin in (list, tuple, set, frozenset):
-        return {
-            "type": "array",
-            "items": _type_schema(arguments[0] if arguments else Any),
-        }
+        items = _type_schema(arguments[0] if arguments else Any)
+        return {"type": "array", "items": items}
     raise TypeError(f"{kind!r} has no JSON Schema: use plain types, enums, dataclasses")
 
 
@@ -232,7 +211,7 @@ def parse_json(text: str | bytes, loc: tuple[Any, ...]) -> Any:
     """
     try:
         value = decode_json(text if isinstance(text, str) else text.decode())
-        if len(text) > 2 * MAX_DEPTH and _too_deep(value):
+        if len(text) > 2 * MAX_DEPTH and _depth([value]) > MAX_DEPTH + 1:
             raise RecursionError
         return value
     except RecursionError:
@@ -247,14 +226,11 @@ def parse_json(text: str | bytes, loc: tuple[Any, ...]) -> Any:
     raise Failure(422, message, "INVALID_JSON", {"errors": errors})
 
 
-def _too_deep(value: Any) -> bool:
-    level: list[Any] = [[value]]
-    for _ in range(MAX_DEPTH + 1):
-        items = [v.values() if isinstance(v, dict) else v for v in level]
-        level = [v for item in items for v in item if isinstance(v, (dict, list))]
-        if not level:
-            return False
-    return True
+def _depth(value: Any) -> int:
+    """Return how deep a list or an object nests others."""
+    items = value.values() if isinstance(value, dict) else value
+    inner = [_depth(item) for item in items if isinstance(item, (dict, list))]
+    return 1 + max(inner, default=0)
 
 
 def _option(description: str, **limit: float) -> Any:
@@ -302,7 +278,7 @@ def read(kind: Any, value: Any, loc: tuple[Any, ...], fields: bool = False) -> A
         words, errors = f"Invalid message: {invalid}", {"errors": invalid.faults}
         raise Failure(422, words, "VALIDATION_ERROR", errors) from invalid
     except BaseException as error:
-        raise _execution_error(error) from error
+        raise _failure(error) from error
 
 
 def mcp_answer(request: Any) -> dict[str, Any]:
@@ -350,11 +326,9 @@ class Session:
         try:
             self._env = self.app.env()
         except BaseException as error:
-            log.exception("the environment could not be created")
             self.end()
             name = getattr(self.app.env, "__name__", type(self.app.env).__name__)
-            words, extra = f"{name}: {_words(error)}", {"factory_name": name}
-            raise Failure(500, words, "FACTORY_ERROR", extra) from error
+            raise _failure(error, "FACTORY_ERROR", factory_name=name) from error
         log.info("session %s opened", self)
         if self.ended:  # the server was stopped meanwhile
             self.end()
@@ -375,16 +349,15 @@ class Session:
                 log.exception("closing the environment of session %s failed", self)
             age = time.monotonic() - self.opened
             log.info("session %s closed after %d steps, %.1f s", self, self.steps, age)
-        self.app.remove(self)
+        with self.app.lock:
+            if self.app.sessions.get(self.key) is self:
+                del self.app.sessions[self.key]
         self.closed = True
 
     def answer(self, text: str | bytes) -> str | None:
-        """Answer one WebSocket message of OpenEnv; None means that the caller says goodbye.
-        Raises Failure: what to tell the caller instead.
-        """
+        """Answer a WebSocket message of OpenEnv; None is a goodbye. Raises Failure."""
         if isinstance(text, bytes):
-            words = "Invalid JSON: send text messages, not binary"
-            raise Failure(422, words, "INVALID_JSON")
+            raise Failure(422, "Invalid JSON: send text, not binary", "INVALID_JSON")
         types, given = self.app.messages, parse_json(text, ())
         kind = given.get("type") if isinstance(given, dict) else "step"
         if not isinstance(kind, str) or kind not in types:
@@ -409,7 +382,7 @@ class Session:
         try:
             return encode_json(self._env.state)
         except BaseException as error:
-            raise _execution_error(error) from error
+            raise _failure(error) from error
 
     def act(self, name: str, options: dict[str, Any], *action: Any) -> str:
         """Call ``reset`` or ``step``. Return the JSON of the result: the observation, and
@@ -418,12 +391,10 @@ class Session:
         env = self._env
         try:
             method = getattr(env, f"{name}_async", None) or getattr(env, name)
-            observation = self._run(method, *action, **_accepted(method, options))
-            is_dict = isinstance(observation, dict)
-            fields = dict(observation) if is_dict else to_json(observation)
+            seen = self._run(method, *action, **_accepted(method, options))
+            fields = dict(seen) if isinstance(seen, dict) else to_json(seen)
             reward, done = fields.pop("reward", None), fields.pop("done", False)
-            if hasattr(reward, "tolist"):
-                reward = reward.tolist()
+            reward = reward.tolist() if hasattr(reward, "tolist") else reward
             if reward is not None and not isinstance(reward, (int, float)):
                 raise TypeError(f"the reward is no number: {reward!r}")
             reward = None if reward is None else float(reward)
@@ -432,7 +403,7 @@ class Session:
                 result["metadata"] = fields["metadata"]
             answer = encode_json(result)
         except BaseException as error:
-            raise _execution_error(error) from error
+            raise _failure(error) from error
         self.steps += len(action)
         return answer
 
@@ -447,16 +418,13 @@ class Session:
         return self._loop.run_until_complete(result)
 
 
-def _words(error: BaseException) -> str:
-    """What an environment's exception says, or its name if it says nothing."""
-    with suppress(Exception):  # an exception's own __str__ may raise anything
-        return str(error) or type(error).__name__
-    return type(error).__name__
-
-
-def _execution_error(error: BaseException) -> Failure:
-    log.error("the environment failed", exc_info=error)
-    return Failure(500, _words(error), "EXECUTION_ERROR")
+def _failure(error: Any, code: str = "EXECUTION_ERROR", **extra: str) -> Failure:
+    """Log what an environment raised; return what its caller is told of it."""
+    log.error("the environment failed (%s)", code, exc_info=error)
+    words = type(error).__name__
+    with suppress(BaseException):  # an exception's own __str__ may raise anything
+        words = str(error) or words
+    return Failure(500, ": ".join((*extra.values(), words)), code, extra)
 
 
 def _accepted(method: Callable[..., Any], options: dict[str, Any]) -> dict[str, Any]:
@@ -538,12 +506,12 @@ class App:
         self.never_waits = getattr(cls, "__dict__", {}).get("NEVER_WAITS") is True
         self._class = cls
         self.lock = threading.RLock()  # guards the sessions' comings and goings
-        self._sessions: dict[object, Session] = {}
+        self.sessions: dict[object, Session] = {}
 
     @property
     def active(self) -> int:
         """The number of sessions that are open."""
-        return len(self._sessions)
+        return len(self.sessions)
 
     @property
     def metadata(self) -> dict[str, Any]:
@@ -573,8 +541,8 @@ class App:
         threading.Thread(target=server.serve_forever, daemon=True, name="http").start()
         return server
 
-    def open(self, key: object) -> Session:
-        """Make a new session, without its environment. Raises Failure: CAPACITY_REACHED."""
+    def open(self, session: Session) -> Session:
+        """Give a new session its place. Raises Failure: CAPACITY_REACHED."""
         with self.lock:
             active, most = self.active, self.max_concurrent_envs
             if active >= most:
@@ -582,13 +550,8 @@ class App:
                 words = f"{full}: close one, or start it with --max-concurrent-envs"
                 counts = {"active_sessions": active, "max_sessions": most}
                 raise Failure(503, words, "CAPACITY_REACHED", counts)
-            session = self._sessions[key] = Session(self, key)
+            self.sessions[session.key] = session
             return session
-
-    def remove(self, session: Session) -> None:
-        with self.lock:
-            if self._sessions.get(session.key) is session:
-                del self._sessions[session.key]
 
     @contextmanager
     def use(self, name: str, create: bool) -> Iterator[Session]:
@@ -597,14 +560,14 @@ class App:
         """
         while True:
             with self.lock:
-                session = self._sessions.get(name)
+                session = self.sessions.get(name)
                 if session is None and not create:
                     words = "No session has this X-Session-Id: reset first, to open it"
                     if name == SHARED:
                         words = "The session without a name is not open"
                         words += ": send the X-Session-Id of the one you mean"
                     raise Failure(404, words, "SESSION_ERROR")
-                session = session or self.open(name)
+                session = session or self.open(Session(self, name))
             with session.lock:
                 if session.ended:  # while this waited for the lock
                     continue
@@ -617,24 +580,20 @@ class App:
 
     def expire(self, now: float) -> None:
         """End the HTTP sessions that nobody has used for `session_timeout`."""
-        with self.lock:
-            sessions = list(self._sessions.values())
-        for session in sessions:
+        for session in self.sessions.copy().values():
             idle = now - session.used > self.session_timeout
             if idle and isinstance(session.key, str) and not session.lock.locked():
-                session.used = now  # so that this happens once
                 args = session, now
                 threading.Thread(target=self._expire, args=args, daemon=True).start()
 
-    def _expire(self, session: Session, seen: float) -> None:
+    def _expire(self, session: Session, now: float) -> None:
         with session.lock:  # it may be slow to close: this is its own thread
-            if session.used == seen:  # still nobody has used it
+            if now - session.used > self.session_timeout:  # still nobody has used it
                 session.end()
 
     def end_all(self) -> bool:
         """Close every environment in bounded time; return whether a call of one is stuck."""
-        with self.lock:
-            sessions = list(self._sessions.values())
+        sessions = self.sessions.copy().values()
         stuck = any(session.lock.locked() for session in sessions)
         threads = [threading.Thread(target=s.end, daemon=True) for s in sessions]
         for thread in threads:
@@ -731,30 +690,27 @@ class Handler(BaseHTTPRequestHandler):
     def setup(self) -> None:
         super().setup()
         self.app = self.server.app
-        # When this has passed, `tick` cuts the connection.
-        self.deadline = time.monotonic() + HEADER_SECONDS
+        self.deadline = time.monotonic() + HEADER_SECONDS  # `tick` cuts it then
         self.unread = False  # whether the peer may be sending what nobody will read
         self.upgraded = False  # whether it becomes a WebSocket, which says goodbye
-        self.server.note(self, present=True)
+        self.server.connections.add(self)
 
     def finish(self) -> None:
         try:
             super().finish()
             if self.unread:
-                self._linger(time.monotonic() + LINGER_SECONDS)
+                self._linger()
         finally:
-            self.server.note(self, present=False)
+            self.server.connections.discard(self)
 
-    def _linger(self, deadline: float) -> None:
-        """Drop what the peer still sends: closing a socket with unread bytes in it resets
-        the connection, and the peer might lose the answer.
-        """
+    def _linger(self) -> None:
+        """Drop what still comes: unread, it resets the connection, answer and all."""
+        self.deadline = time.monotonic() + LINGER_SECONDS
         with suppress(OSError):  # the peer is gone, or in no hurry
+            self.connection.settimeout(LINGER_SECONDS)
             self.connection.shutdown(socket.SHUT_WR)
-            while time.monotonic() < deadline:
-                self.connection.settimeout(max(deadline - time.monotonic(), 0.001))
-                if not self.connection.recv(MAX_LINE):
-                    break
+            while time.monotonic() < self.deadline and self.connection.recv(MAX_LINE):
+                pass
 
     def tick(self, now: float) -> None:
         """Cut a peer that stalls; the reader's thread calls this."""
@@ -762,8 +718,7 @@ class Handler(BaseHTTPRequestHandler):
             if now > self.deadline:
                 self.connection.shutdown(socket.SHUT_RDWR)
             elif self.server.stopping and not self.upgraded:
-                # It ends the wait for a request.
-                self.connection.shutdown(socket.SHUT_RD)
+                self.connection.shutdown(socket.SHUT_RD)  # ends the wait for a request
 
     # -- requests in -----------------------------------------------------------
 
@@ -782,13 +737,12 @@ class Handler(BaseHTTPRequestHandler):
             if answer is not None:
                 self._respond(200, answer)
         except Failure as failure:
-            self._respond(failure.status, failure.as_http(), headers=failure.headers)
+            self._respond(failure.status, failure.as_http(), failure.headers)
         except (ConnectionError, TimeoutError):
             raise  # the peer went away; `Server.handle_error` notes it
         except Exception as error:
             log.exception("%a failed", self.requestline)
-            words = f"{type(error).__name__}: {error}"
-            self._respond(500, Failure(500, words).as_http())
+            self._respond(500, Failure(500, repr(error)).as_http())
         if not self.close_connection:
             self.deadline = time.monotonic() + IDLE_SECONDS
 
@@ -813,7 +767,7 @@ class Handler(BaseHTTPRequestHandler):
         self.request_version = f"HTTP/1.{match[4]}"
         self.fields = fields = self._read_fields()
         self.unread = "content-length" in fields or "transfer-encoding" in fields
-        tokens = _tokens(fields.get("connection"))
+        tokens = self._tokens("connection")
         old = match[4] == "0" and "keep-alive" not in tokens
         self.close_connection = old or "close" in tokens
 
@@ -837,6 +791,10 @@ class Handler(BaseHTTPRequestHandler):
             fields[name] = f"{fields[name]}, {value}" if name in fields else value
         limits = f"{MAX_LINE} bytes or {MAX_HEADERS} lines"
         raise Failure(431, f"the header is over {limits}")
+
+    def _tokens(self, name: str) -> list[str]:
+        """Return the comma-separated tokens of a header field, in lower case."""
+        return [t.strip() for t in self.fields.get(name, "").lower().split(",")]
 
     def _call_route(self) -> str | None:
         """Read the body, and return the JSON that answers; None if the route has answered."""
@@ -875,10 +833,9 @@ class Handler(BaseHTTPRequestHandler):
         host, named = _authority(host), self.server.named_hosts
         known = not host or host in named or _is_local(host, listening=True)
         if self.server.loopback and not known:
-            words = f"Host {host} is not this machine: name it with --allow-origin"
-            raise Failure(403, words)
+            raise Failure(403, f"Host {host} is not local: name it with --allow-origin")
         origin = self.fields.get("origin")
-        forwarded = map(_authority, _tokens(self.fields.get("x-forwarded-host")))
+        forwarded = map(_authority, self._tokens("x-forwarded-host"))
         allowed = {host, *named, *forwarded} - {""}
         if origin is None or _authority(origin.partition("://")[2]) in allowed:
             return
@@ -961,11 +918,7 @@ class Handler(BaseHTTPRequestHandler):
     # -- answers out -----------------------------------------------------------
 
     def _respond(
-        self,
-        status: int,
-        body: str | bytes = b"",
-        content_type: str = "application/json",
-        headers: Mapping[str, str] | None = None,
+        self, status: int, body: str = "", headers: Mapping[str, str] | None = None
     ) -> None:
         """Send an answer, and log the request: escaped, so that it cannot forge a line."""
         if self.unread or self.server.stopping:
@@ -973,12 +926,12 @@ class Handler(BaseHTTPRequestHandler):
         step = status == 200 and self.path == "/step"  # of these there are too many
         level, peer = logging.DEBUG if step else logging.INFO, self.client_address[0]
         log.log(level, "%s %a %s", peer, self.requestline, status)
-        data = body.encode() if isinstance(body, str) else body
+        data = body.encode()
         date = _http_date(int(time.time()), usegmt=True)
         fields = {"Server": f"openenv-benchmark/{VERSION}", "Date": date}
         fields["X-Content-Type-Options"] = "nosniff"
         if status not in (101, 204):
-            fields["Content-Type"] = content_type
+            fields["Content-Type"] = "application/json"
             fields["Content-Length"] = str(len(data))
         if self.close_connection:
             fields["Connection"] = "close"
@@ -1001,12 +954,10 @@ class Handler(BaseHTTPRequestHandler):
         """A session over WebSocket. One connection, one environment, one session."""
         self.close_connection = True  # whatever comes next, it is no HTTP
         fields, upgrade = self.fields, {"Upgrade": "websocket"}  # RFC 6455 section 4.2
-        wanted = "websocket" in _tokens(fields.get("upgrade"))
-        wanted = wanted and "upgrade" in _tokens(fields.get("connection"))
+        wanted = "websocket" in self._tokens("upgrade")
+        wanted = wanted and "upgrade" in self._tokens("connection")
         if not wanted or fields.get("sec-websocket-version") != "13":
-            words = "this is a WebSocket endpoint, and no WebSocket handshake"
-            if wanted:
-                words = "the only Sec-WebSocket-Version known is 13"
+            words = "this is a WebSocket endpoint, for handshakes of version 13"
             headers = {**upgrade, "Sec-WebSocket-Version": "13"}
             raise Failure(426, words, headers=headers)
         key = fields.get("sec-websocket-key", "")
@@ -1034,10 +985,9 @@ class Handler(BaseHTTPRequestHandler):
             raise Failure(422, words, "VALIDATION_ERROR", {"errors": [fault]})
         return name or SHARED
 
-    def _options(self, body: bytes, kind: type) -> dict[str, Any]:
+    def _options(self, body: bytes, kind: type) -> Any:
         data = parse_json(body, ("body",)) if body.strip() else {}
-        fields: dict[str, Any] = read(kind, data, ("body",), fields=True)
-        return fields
+        return read(kind, data, ("body",), fields=True)
 
     def post_reset(self, body: bytes) -> str:
         """Begin a new episode. Opens the session, if there is none."""
@@ -1092,14 +1042,14 @@ class Handler(BaseHTTPRequestHandler):
     def get_page(self, body: bytes) -> None:
         """Play an episode, explore the API. An interactive page."""
         text, policy = page()
-        headers = {"Content-Security-Policy": policy}
-        self._respond(200, text, "text/html; charset=utf-8", headers)
+        html = {"Content-Type": "text/html; charset=utf-8"}
+        self._respond(200, text.decode(), {**html, "Content-Security-Policy": policy})
 
     def get_redirect(self, body: bytes) -> None:
         """To the page. Redirects to /web."""
         # Relative: there may be a path prefix.
-        headers = {"Location": REDIRECTS[self.path]}
-        self._respond(307, content_type="text/plain", headers=headers)
+        where = {"Location": REDIRECTS[self.path], "Content-Type": "text/plain"}
+        self._respond(307, headers=where)
 
     def options(self, body: bytes) -> None:
         self._respond(204, headers={"Allow": ", ".join(METHODS[self.path])})
@@ -1136,23 +1086,17 @@ ROUTES = {  # by OpenAPI's tag
     "Pages": [
         Route("GET", "/web", Handler.get_page),
         Route("GET", "/docs", Handler.get_page),
-        *(Route("GET", path, Handler.get_redirect) for path in REDIRECTS),
+        Route("GET", "/", Handler.get_redirect),
     ],
 }
-METHODS: dict[str, dict[str, Callable[[Handler, bytes], str | None]]] = {}
-for _route in (
-    *itertools.chain(*ROUTES.values()),
-    Route("OPTIONS", "*", Handler.options),
-):
+METHODS: dict[str, dict[str, Callable[[Handler, bytes], str | None]]] = {"*": {}}
+for _route in itertools.chain(*ROUTES.values()):
     METHODS[_route.path] = {_route.method: _route.answer}
     if _route.method == "GET" and _route.path != "/ws":
         METHODS[_route.path]["HEAD"] = _route.answer
-    METHODS[_route.path]["OPTIONS"] = Handler.options
-
-
-def _tokens(value: str | None) -> list[str]:
-    """Return the comma-separated tokens of a header field, in lower case."""
-    return [token.strip() for token in (value or "").lower().split(",")]
+METHODS.update((path, METHODS["/"]) for path in REDIRECTS)
+for _methods in METHODS.values():
+    _methods["OPTIONS"] = Handler.options
 
 
 def _authority(text: str) -> str:
@@ -1191,22 +1135,20 @@ class Connection:
     def __init__(self, server: Server, sock: socket.socket, address: str) -> None:
         self.server, self.app, self.address = server, server.app, address
         self.ws = WebSocket(sock, Protocol(False, self.app.max_message_size))
-        self.session: Session | None = None  # None: it was refused
+        self.session = Session(self.app, ("ws", next(_numbers)))
         self.events = 0  # what the reader's selector waits for
-        self.deadline = float("inf")  # by then the closing handshake is over
-        self.busy = False  # whether a message is being answered
-        self.finished = False  # whether the socket may be closed
-        # When the peer last moved bytes, and began the message that it is sending; and where
-        # the counters of bytes stood then.
-        self._moved_at = self._began_at = time.monotonic()
-        self._moved, self._before = ("in", 0), 0
+        self.deadline = float("inf")  # for the end: the socket is closed then
         self._arrived = threading.Event()  # tells the session's own thread to look
+        # When the peer last moved bytes, and what had moved by then; when it began the
+        # message that it is sending, less the time for all before at the slowest rate.
+        self._moved_at = self._began_at = time.monotonic()
+        self._moved = ("in", 0)
 
     def begin(self, early: bytes) -> None:
         """Open the session, and take what came behind the opening handshake."""
         self.ws.protocol.receive(early)
         try:
-            self.session = self.app.open(("ws", next(_numbers)))
+            self.app.open(self.session)
             if self.app.never_waits:
                 self.session.open()
             else:
@@ -1216,52 +1158,43 @@ class Connection:
             self._refuse(failure)
         except RuntimeError as error:  # too many threads
             log.error("session %s is lost: %s", self.session, error)
-            if self.session:
-                self.session.end()
             self._refuse(Failure(503, f"{error}: try again later"))
 
     def turn(self, now: float) -> bool:
         """Move bytes, and have what arrived answered; return whether to come again soon."""
         self.ws.tend()
         session, protocol, again = self.session, self.ws.protocol, False
-        if session and self.app.never_waits:
-            answered = 0
-            while protocol.inbox and answered < TURN and self._answer(session):
-                answered += 1
-            again = answered == TURN
+        if self.app.never_waits:
+            again = all(self._answer() for _ in range(TURN))
             if protocol.closed:
                 session.end()
-        elif session:
-            if self.busy and protocol.close_received and protocol.ending:
+        elif protocol.inbox or protocol.closed:
+            if protocol.close_received and protocol.ending and session.lock.locked():
                 self.ws.start_closing(protocol.ending.code)  # not after the step
-            if protocol.inbox or protocol.closed:
-                self._arrived.set()
+            self._arrived.set()
         if (protocol.close_sent or protocol.closed) and not protocol.outbox:
             self.deadline = min(self.deadline, now + LINGER_SECONDS)
         # The peer may count on its place from then on, unless the environment takes long.
-        over = session is None or session.closed
         slow = now > self.deadline - LINGER_SECONDS + TICK_SECONDS
-        if protocol.closed and (over or slow):
-            self.ws.end()  # and if nothing more can come, it is finished
-            done = protocol.close_received and not protocol.outbox
-            self.finished = done or self.ws.at_end
-        self.finished = self.finished or now >= self.deadline
+        if protocol.closed and (session.closed or slow):
+            self.ws.end()
+            if self.ws.at_end or protocol.close_received and not protocol.outbox:
+                self.deadline = now  # nothing more can come
         return again
 
     def tick(self, now: float) -> bool:
         """Begin to end what is stalled, idle or to stop; return whether to take a turn."""
         ws, protocol, timeout = self.ws, self.ws.protocol, self.app.session_timeout
         # In this order: a message that is taken meanwhile shows as busy, its end as used.
-        idle = not (protocol.inbox or self.busy)
-        if self.session and protocol.outbox:
-            self.session.used = now  # the peer is taking an answer
-        used = self.session.used if self.session else now
+        waiting, busy = bool(protocol.inbox), self.session.lock.locked()
+        if protocol.outbox or protocol.unfinished:
+            self.session.used = now  # the peer is taking an answer, or sending
         if self._stalled(now):
             log.debug("%s has stalled", self.address)
             self.deadline = now
-        elif self.server.stopping and not self.busy:
+        elif self.server.stopping and not busy:
             ws.start_closing(GOING_AWAY, "the server is shutting down")
-        elif idle and now - used > timeout:
+        elif not (waiting or busy) and now - self.session.used > timeout:
             ws.start_closing(GOING_AWAY, f"the session was idle for {timeout:g} s")
         ending = protocol.close_sent or protocol.closed or now >= self.deadline
         return bool(ending) or self.events != selectors.EVENT_READ
@@ -1273,57 +1206,47 @@ class Connection:
         unfinished = protocol.unfinished and not ws.full
         if moved != self._moved or not (unfinished or protocol.outbox):
             self._moved, self._moved_at = moved, now
+        came = ws.received / SLOWEST_RATE
         if not unfinished:
-            self._began_at, self._before = now, ws.received
-        slowest = self._began_at + (ws.received - self._before) / SLOWEST_RATE
-        return now > min(self._moved_at, slowest) + HEADER_SECONDS
-
-    def leave(self) -> None:
-        """End the session, or have its own thread do so: the connection is gone."""
-        self._arrived.set()
-        if self.app.never_waits and self.session:
-            self.session.end()
+            self._began_at = now - came
+        return now > min(self._moved_at, self._began_at + came) + HEADER_SECONDS
 
     def _work(self) -> None:
         """Make, call and close an environment that may wait, in this thread."""
-        session = self.session
-        assert session
         try:
-            session.open()
+            self.session.open()
             while not self.ws.protocol.closed:
                 self._arrived.wait()
                 self._arrived.clear()
-                while self._answer(session):
+                while self._answer():
                     pass
         except Failure as failure:
             self._refuse(failure)
-        except Exception:
-            log.exception("session %s failed", session)
+        except BaseException:
+            log.exception("session %s failed", self.session)
             self.deadline = 0.0  # the reader cuts it
-        session.end()
+        self.session.end()
         self.server.reader.wake(self)
 
-    def _answer(self, session: Session) -> bool:
+    def _answer(self) -> bool:
         """Answer one message that has arrived; return whether there was one."""
-        self.busy = True
-        try:
-            # What waits when the server stops is not begun.
-            message = None if self.server.stopping else self.ws.take()
+        # What waits when the server stops is not begun.
+        if not self.ws.protocol.inbox or self.server.stopping:
+            return False
+        with self.session.lock:
+            message = self.ws.take()
             if message is None:
                 return False
-            self._began_at, self._before = time.monotonic(), self.ws.received
+            self._began_at = time.monotonic() - self.ws.received / SLOWEST_RATE
             if self.events == 0 or self.ws.protocol.ending:
                 self.server.reader.wake(self)  # there is room, or a Close to answer
-            with session.lock:
-                try:
-                    answer = session.answer(message)
-                except Failure as failure:
-                    answer = failure.as_message()
-            session.used = time.monotonic()
+            try:
+                answer = self.session.answer(message)
+            except Failure as failure:
+                answer = failure.as_message()
+            self.session.used = time.monotonic()
             self._send(answer)
             return True
-        finally:
-            self.busy = False
 
     def _send(self, answer: str | None) -> None:
         """Send an answer, or say goodbye if it is None; the reader goes on if it must."""
@@ -1341,12 +1264,11 @@ class Connection:
         full = failure.code == "CAPACITY_REACHED"
         self._send(failure.as_message())
         self.ws.start_closing(TRY_AGAIN_LATER if full else INTERNAL_ERROR)
+        self.session.end()
 
 
 class Reader:
-    """The one thread that reads every WebSocket, and five times a second looks at all
-    connections: ends what is idle, stalled, or to stop.
-    """
+    """The one thread that reads all WebSockets, and ends what is idle or stalled."""
 
     def __init__(self, server: Server) -> None:
         self._server = server
@@ -1366,7 +1288,7 @@ class Reader:
         except Exception:
             log.exception("serving %s failed", address)
             connection.deadline = 0.0
-        self._server.note(connection, present=True)
+        self._server.connections.add(connection)
         self.wake(connection)
 
     def wake(self, connection: Connection) -> None:
@@ -1387,17 +1309,17 @@ class Reader:
                 next_tick = now + tick
                 self._tick(now)
         for connection in self._server.all():
-            if isinstance(connection, Connection):
+            if isinstance(connection, Handler):
+                connection.tick(float("inf"))
+            else:
                 self._remove(connection)
-        self._selector.close()
-        self._bell.close()
-        self._rung.close()
+        for end in (self._selector, self._bell, self._rung):
+            end.close()
 
     def _wait(self, timeout: float) -> list[Connection]:
         """Return the connections whose turn it is, by and by."""
         lone = len(self._selector.get_map()) == 2  # with the bell
-        until = time.monotonic() + (EAGER_SECONDS if lone else 0)
-        ready = self._selector.select(0)
+        until, ready = time.monotonic() + EAGER_SECONDS * lone, self._selector.select(0)
         while not (ready or self._due) and time.monotonic() < until:
             ready = self._selector.select(0)
         if not (ready or self._due):
@@ -1411,18 +1333,18 @@ class Reader:
 
     def _turn(self, connection: Connection) -> None:
         """Give a connection its turn. What goes wrong with it ends it, and no other."""
-        ws, again = connection.ws, False
+        ws, now, again = connection.ws, time.monotonic(), False
         try:
-            again = connection.turn(time.monotonic())
+            again = connection.turn(now)
             events = 0 if ws.full or ws.at_end else selectors.EVENT_READ
             if ws.protocol.outbox:
                 events = selectors.EVENT_WRITE
-            if events != connection.events and not connection.finished:
+            if events != connection.events and now < connection.deadline:
                 self._watch(connection, events)
-        except Exception:
+        except BaseException:
             log.exception("serving %s failed", connection.address)
-            connection.finished = True
-        if connection.finished:
+            connection.deadline = now
+        if now >= connection.deadline:
             self._remove(connection)
         elif again:
             self._due.append(connection)
@@ -1437,8 +1359,8 @@ class Reader:
     def _remove(self, connection: Connection) -> None:
         self._watch(connection, 0)
         connection.ws.drop("the connection is over")
-        connection.leave()
-        self._server.note(connection, present=False)
+        connection.turn(0.0)  # it is closed: the session ends
+        self._server.connections.discard(connection)
 
     def _tick(self, now: float) -> None:
         for connection in self._server.all():
@@ -1456,9 +1378,7 @@ class Reader:
 
 
 class Server(ThreadingHTTPServer):
-    """An app on a port: a thread for each HTTP connection, and the reader of WebSockets.
-    Raises OSError if the address cannot be had.
-    """
+    """An app on a port. Raises OSError if the address cannot be had."""
 
     request_queue_size = 1024  # connections that wait to be accepted
     allow_reuse_address = os.name == "posix"  # on Windows it would share a busy port
@@ -1467,7 +1387,6 @@ class Server(ThreadingHTTPServer):
         self.address_family = socket.getaddrinfo(host, port)[0][0]
         self.app = app
         self.connections: set[Handler | Connection] = set()
-        self._lock = threading.Lock()  # guards them
         self.stopping = False
         self.loopback = _is_local(f"[{host}]" if ":" in host else host)
         hosts = [*app.allow_origins, os.environ.get("SPACE_HOST", "")]
@@ -1487,15 +1406,9 @@ class Server(ThreadingHTTPServer):
         name = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(str(host), str(host))
         return f"http://{f'[{name}]' if ':' in name else name}:{port}"
 
-    def note(self, connection: Handler | Connection, present: bool) -> None:
-        """Note that a connection has come or gone."""
-        with self._lock:
-            (self.connections.add if present else self.connections.discard)(connection)
-
-    def all(self) -> list[Handler | Connection]:
-        """Return the connections as they are now."""
-        with self._lock:
-            return list(self.connections)
+    def all(self) -> set[Handler | Connection]:
+        """Return the connections as they are now: atomic, as add and discard are."""
+        return self.connections.copy()
 
     def serve_forever(self, poll_interval: float = TICK_SECONDS) -> None:
         threading.Thread(target=self.reader.run, daemon=True, name="reader").start()
@@ -1528,10 +1441,8 @@ class Server(ThreadingHTTPServer):
             log.exception("a request from %s failed", client_address[0])
 
     def stop(self) -> bool:
-        """Stop within 5 seconds: let steps in progress be answered, close all else.
-
-        WebSocket sessions are closed with 1001, and every environment is closed. Return
-        whether a call of one is stuck.
+        """Stop within 5 seconds: steps in progress are answered, WebSockets closed with
+        1001, and every environment is closed. Return whether a call of one is stuck.
         """
         if self.stopping:
             return False
@@ -1542,9 +1453,6 @@ class Server(ThreadingHTTPServer):
         while self.connections and time.monotonic() < deadline:
             time.sleep(0.02)
         self.reader.stopped = True
-        for connection in self.all():
-            if isinstance(connection, Handler):
-                connection.tick(float("inf"))
         return self.app.end_all()
 
     def __exit__(self, *exc_info: object) -> None:
@@ -1576,29 +1484,27 @@ _CODES = {  # status: what it means, and the ``detail`` of an example
 def openapi(app: App) -> dict[str, Any]:
     """Describe the HTTP API of an app: every operation, every answer, examples that hold."""
     schemas = _schemas(app)
+    responses = {}
+    for code, (meaning, detail) in _CODES.items():
+        name, given = ("Error", {"detail": detail}) if detail else ("Faults", None)
+        body = _json(schemas, name, given)
+        responses[code] = {"description": meaning, "content": body}
     session = {
         "name": "X-Session-Id",
         "in": "header",
         "description": "A session with an environment of its own; without it, one is shared",
         "schema": {"type": "string", "minLength": 1, "maxLength": 255},
     }
-    responses = {}
-    for code, (meaning, detail) in _CODES.items():
-        name, given = ("Error", {"detail": detail}) if detail else ("Faults", None)
-        body = _json(schemas, name, given)
-        responses[code] = {"description": meaning, "content": body}
-    paths: dict[str, Any] = {}
-    for tag, routes in ROUTES.items():
-        for route in routes:
-            if route.path == "/" or route.path not in REDIRECTS:
-                operation = _operation(tag, route, schemas)
-                paths[route.path] = {route.method.lower(): operation}
     parts = {"schemas": schemas, "responses": responses}
-    description = app.metadata["description"]
+    about = app.metadata["description"]
     return {
         "openapi": "3.1.0",
-        "info": {"title": app.name, "description": description, "version": VERSION},
-        "paths": paths,
+        "info": {"title": app.name, "description": about, "version": VERSION},
+        "paths": {
+            route.path: {route.method.lower(): _operation(tag, route, schemas)}
+            for tag, routes in ROUTES.items()
+            for route in routes
+        },
         "components": {**parts, "parameters": {"SessionId": session}},
     }
 
@@ -1634,29 +1540,28 @@ def _like(value: Any) -> dict[str, Any]:
     if isinstance(value, dict):
         properties = {name: _like(item) for name, item in value.items()}
         return {"type": "object", "properties": properties, "required": list(value)}
-    kind = {list: "array", type(None): ["string", "null"], **_NAMES}[type(value)]
+    kind = {**_NAMES, list: "array", type(None): ["string", "null"]}[type(value)]
     return {"type": kind, "examples": [value]}
 
 
 def _result_schema(observation: dict[str, Any]) -> dict[str, Any]:
     """Return the schema of what step and reset answer, and an example of each."""
-    known, beside = observation["properties"], ("reward", "done")
-    seen = {**observation, "properties": {**known}}
-    seen["required"] = [name for name in seen["required"] if name not in beside]
-    given, _ = (seen["properties"].pop(name, {}) for name in beside)
+    seen = {**observation, "properties": {**observation["properties"]}}
+    given, _ = (seen["properties"].pop(name, {}) for name in ("reward", "done"))
+    seen["required"] = [name for name in seen["required"] if name in seen["properties"]]
     reset = {"observation": example(seen), "reward": 0.0, "done": False}
     reward = given.get("examples", [given.get("default")])[0]
-    number = float(reward) if isinstance(reward, (int, float)) else None
+    number = float(reward) if isinstance(reward, (int, float)) else 1.0
     step = {**reset, "reward": number}
     noted = {"metadata": {"step": 1}}
-    anything = known.get("metadata", {}).get("additionalProperties") is True
-    if anything and not reset["observation"]["metadata"]:
+    anything = seen["properties"].get("metadata", {}).get("additionalProperties")
+    if anything is True and not reset["observation"]["metadata"]:
         step |= {**noted, "observation": {**reset["observation"], **noted}}
-    reward = {"anyOf": [{"type": "number"}, _NULL]}
-    properties = {"observation": seen, "reward": reward, "done": {"type": "boolean"}}
-    properties["metadata"] = {"type": "object"}
-    both = {"required": list(reset), "examples": [step, reset]}
-    return {"type": "object", "properties": properties, **both}
+    result = _like(reset)
+    result["properties"]["observation"] = seen
+    result["properties"]["reward"] = {"anyOf": [{"type": "number"}, {"type": "null"}]}
+    result["properties"]["metadata"] = {"type": "object"}
+    return {**result, "examples": [step, reset]}
 
 
 def _operation(tag: str, route: Route, schemas: Mapping[str, Any]) -> dict[str, Any]:
@@ -1669,8 +1574,7 @@ def _operation(tag: str, route: Route, schemas: Mapping[str, Any]) -> dict[str, 
     elif route.path == "/":
         status, words, content = "307", "The page is elsewhere", {}
     elif route.returns:
-        is_reset = route.path == "/reset"
-        given = schemas["Result"]["examples"][1] if is_reset else None
+        given = schemas["Result"]["examples"][1] if route.path == "/reset" else None
         content = _json(schemas, route.returns, given)
     codes = f"{route.errors} 400 403 405 431"
     if route.method == "POST":
@@ -1717,20 +1621,19 @@ def _parse_options(argv: Sequence[str] | None) -> Any:
     parser = argparse.ArgumentParser("server.py", description=about, allow_abbrev=False)
     parser.error = _refuse  # type: ignore[assignment, method-assign]
     add = parser.add_argument
-    address = "address to listen on (%(default)s); 0.0.0.0 is all of IPv4"
-    add("--host", default="127.0.0.1", help=address)
+    words = "address to listen on (%(default)s); 0.0.0.0 is all of IPv4"
+    add("--host", default="127.0.0.1", help=words)
     add("--port", type=int, help="port ($PORT or 8000); 0 picks a free one")
     env, words = "benchmark:BenchmarkEnvironment", "module:Class to serve (%(default)s)"
     add("--env", default=env, metavar="MODULE:CLASS", help=words)
-    most = "sessions at a time (1000 if the class supports it, else 1)"
-    add("--max-concurrent-envs", type=int, metavar="N", help=most)
-    idle = "seconds until an idle session ends (%(default)g); 0: never"
-    add("--session-timeout", type=float, default=3600.0, metavar="S", help=idle)
-    size = "largest request body or message, in MiB (%(default)g)"
-    add("--max-message-mb", type=float, default=100.0, metavar="MB", help=size)
-    pages = "a host whose pages may call (repeatable)"
-    more: Any = {"action": "append", "dest": "allow_origins", "metavar": "HOST"}
-    add("--allow-origin", default=[], help=pages, **more)
+    words = "sessions at a time (1000 if the class supports it, else 1)"
+    add("--max-concurrent-envs", type=int, metavar="N", help=words)
+    words = "seconds until an idle session ends (%(default)g); 0: never"
+    add("--session-timeout", type=float, default=3600.0, metavar="S", help=words)
+    words = "largest request body or message, in MiB (%(default)g)"
+    add("--max-message-mb", type=float, default=100.0, metavar="MB", help=words)
+    pages: Any = {"metavar": "HOST", "help": "a host whose pages may call (repeatable)"}
+    add("--allow-origin", dest="allow_origins", action="append", default=[], **pages)
     add("--reload", action="store_true", help="restart when a source file changes")
     known, words = ("debug", "info", "warning", "error"), "what to log (%(default)s)"
     add("--log-level", default="info", type=str.lower, choices=known, help=words)
@@ -1752,7 +1655,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     handler = logging.StreamHandler()
     handler.setFormatter(_Formatter("%(asctime)s %(levelname)s %(message)s"))
     logging.basicConfig(level=options.log_level.upper(), handlers=[handler])
-    classes = load_environment(options.env, _refuse)
+    classes = load_environment(options.env)
     names = "max_concurrent_envs", "session_timeout", "max_message_mb", "allow_origins"
     try:
         app = create_app(*classes, **{name: getattr(options, name) for name in names})
@@ -1776,10 +1679,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         say(f"{app.name} on {url}: play at {url}/web, API at {url}/docs")
     server.serve_forever()
     if server.stop():  # a call is stuck, which may hold up a normal exit
-        logging.shutdown()
-        for file in (sys.stdout, sys.stderr):
-            with suppress(OSError, ValueError, AttributeError):
-                file.flush()
+        logging.shutdown()  # it flushes stderr
+        with suppress(OSError, ValueError, AttributeError):
+            sys.stdout.flush()
         os._exit(0)
     return 0
 
@@ -1794,19 +1696,15 @@ class _Formatter(logging.Formatter):
         return super().format(record).translate(_ESCAPES).replace("\n", "\n    ")
 
 
-def load_environment(
-    name: str, error: Callable[[str], NoReturn]
-) -> tuple[Any, Any, Any]:
+def load_environment(name: str) -> tuple[Any, Any, Any]:
     """Return the class that ``"module:Class"`` names, and its action and observation types.
 
-    ``error`` is called with what is wrong with the name or the class. What the module
-    itself raises is not caught: its traceback says more.
+    If there is none, or it does not say them, the program ends with a line about it.
+    What the module itself raises is not caught: its traceback says more.
     """
-    import importlib
-
     module_name, _, class_name = name.partition(":")
     if not module_name or not class_name:
-        error(f"--env {name}: write it as module:Class")
+        _refuse(f"--env {name}: write it as module:Class")
     sys.path[:0] = [os.getcwd()]
     if __package__ and module_name == "benchmark":
         module_name = f"{__package__}.benchmark"  # the default, copied into a package
@@ -1815,39 +1713,35 @@ def load_environment(
     except ModuleNotFoundError as missing:
         if not f"{module_name}.".startswith(f"{missing.name}."):
             raise  # the module is there, and something that it imports is not
-        error(f"--env {name}: {missing}")
+        _refuse(f"--env {name}: {missing}")
     env = getattr(module, class_name, None)
     if not isinstance(env, type):
-        error(f"--env {name}: there is no class {class_name} in {module_name}")
+        _refuse(f"--env {name}: there is no class {class_name} in {module_name}")
     step = getattr(env, "step_async", None) or getattr(env, "step", None)
     if step is None:
-        error(f"--env {name}: {class_name} has no method step")
+        _refuse(f"--env {name}: {class_name} has no method step")
     try:
         _, action, *_ = inspect.signature(inspect.unwrap(step)).parameters
         hints = _hints(step, action, "return")
         return env, hints[action], hints["return"]
     except TypeError as unknown:
-        error(f"--env {name}: {unknown}")
+        _refuse(f"--env {name}: {unknown}")
     except (LookupError, ValueError):
         wanted = "def step(self, action: MyAction) -> MyObservation"
-        error(f"--env {name}: its step needs type hints: {wanted}")
+        _refuse(f"--env {name}: its step needs type hints: {wanted}")
 
 
 def raise_file_limit() -> None:
     """Make room for a thousand sockets, as far as the system lets us."""
-    try:
+    with suppress(ImportError, ValueError, OSError):  # on Windows there is no limit
         import resource
 
         _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    except (ImportError, ValueError, OSError):
-        pass  # Windows has no such limit; elsewhere the old one stays
 
 
 def _stop_on_signals(server: Server) -> None:
     """Let a signal end `serve_forever`; after that, Ctrl-C ends the process."""
-    import signal
-
     pid = os.getpid()
 
     def stop(signum: int, frame: Any) -> None:
@@ -1862,8 +1756,6 @@ def _stop_on_signals(server: Server) -> None:
 
 
 def _on_signals(handler: Callable[[int, Any], Any]) -> None:
-    import signal
-
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), handler)

@@ -7,7 +7,7 @@ code of their own (`RawPeer`), so that client.py is not judged by itself.
 
 ``python3 test_benchmark.py --bench 5`` measures a server instead (``--bench 1 --help``).
 
-What is promised, and the class that tests it (each role of RFC 6455 from one table):
+What is promised, and the class that tests it, in the order of the source:
 
     the environment: reset, step, rewards        EnvironmentTest
     RFC 6455: frames, masks, closes, UTF-8       ProtocolTest, ClientProtocolTest
@@ -15,12 +15,13 @@ What is promised, and the class that tests it (each role of RFC 6455 from one ta
     the opening handshake, either side           HandshakeTest, UpgradeTest
     JSON read as dataclasses; JSON Schema        ReadJsonTest, SchemaTest
     the clients, their errors and timeouts       ClientTest
+    containers                                   DockerTest
+    what is said when an app is made             AppTest
+    sessions, their number and end; the stop     SessionTest
     HTTP to the letter; OpenAPI                  HTTPTest
     the pages of other sites are kept out        OriginTest
     OpenEnv's messages; what fails in them       MessageTest, FailureTest
     quick environments, and those that wait      ServingTest, OwnThreadTest
-    what is said when an app is made             AppTest
-    sessions, capacity, slow peers, the end      SessionTest
     the command lines and their mistakes         CommandLineTest
     the web page, in Chromium                    PageTest
     README.md: commands, transcripts, bytes      ReadmeExamplesTest, ReadmeWebSocketTest
@@ -2215,7 +2216,16 @@ class FailureTest(ToldCase):
             self.assertIn(words, repr(self.give(given)))
 
     def test_step_that_fails_hurts_nobody(self) -> None:
-        errors = ValueError("a\nb"), SystemExit(3), asyncio.CancelledError()
+        class Unsayable(Exception):
+            def __str__(self) -> str:
+                raise SystemExit(3)
+
+        errors = (
+            ValueError("a\nb"),
+            SystemExit(3),
+            asyncio.CancelledError(),
+            Unsayable(),
+        )
         rewards: tuple[Any, ...] = "high", [1.0], float("nan"), 10**400
         wrong = [BenchmarkObservation("", 0, reward) for reward in rewards]
         for given in (*errors, None, {"reward": 1, "value": object()}, *wrong):
@@ -2320,19 +2330,41 @@ class ServingTest(ToldCase):
         steps = [answer["metadata"]["step"] for answer in answers]
         self.assertEqual(steps, list(range(1, 1002)))  # all are answered, in order
 
-    def test_answer_that_is_taken_slowly_is_taken_whole(self) -> None:
-        """Neither idleness nor a Close behind it may cut it."""
+    def test_slow_message_and_slowly_taken_answer_stay_whole(self) -> None:
+        """Neither idleness nor a Close behind them may cut them."""
+        half = self.peer().upgrade()
         Told.gives["huge"] = BenchmarkObservation("x" * (1 << 24))
         with constants(LINGER_SECONDS=0.2, TICK_SECONDS=0.05):
             self.first.send(step_frame("huge"))
             self.second.send(step_frame("huge") + text_frame({"type": "close"}))
+            half.send(HELLO[:-1])
             wait_until(lambda: Told.calls.count("huge") == 2)
             self.running.app.session_timeout = 0.2
             time.sleep(1)
+            half.send(HELLO[-1:])
+            self.assertIn("observation", half.message()["data"])
             for peer, code in ((self.first, 1001), (self.second, 1000)):
                 observation = peer.message()["data"]["observation"]
                 self.assertEqual(len(observation["echoed_message"]), 1 << 24)
                 self.assertEqual(peer.close_code(), code)
+
+    def test_end_behind_messages_waits_for_their_answers(self) -> None:
+        """A fault, or the end of the peer's direction; a Close does not wait."""
+        for end, code in ((frame(3), 1002), (b"", 0)):
+            Told.gate.clear()
+            peer = self.peer().upgrade()
+            with ThreadPoolExecutor(1) as pool:
+                waiting = pool.submit(peer.message)
+                peer.send(WAIT + end)
+                peer.sock.shutdown(socket.SHUT_WR)
+                wait_until(lambda: "wait" in Told.calls)
+                time.sleep(0.05)  # most likely the end has been read by then
+                Told.gate.set()
+                self.assertIn("observation", waiting.result(PATIENCE)["data"])
+            if code:
+                self.assertEqual(peer.close_code(), code)
+            self.assertTrue(peer.at_end())
+            Told.calls.remove("wait")
 
     def test_threads_of_callers_do_not_mix(self) -> None:
         def play(number: int) -> None:
