@@ -380,9 +380,8 @@ class WebSocket:
         sock.setblocking(False)
         self.sock, self.protocol, self.timeout = sock, protocol, timeout
         self.at_end = False  # whether nothing more can be read from the socket
-        self._lock = (
-            threading.RLock()
-        )  # a signal's handler may close what it interrupts
+        # Reentrant: a signal's handler may close what it interrupts.
+        self._lock = threading.RLock()
         self._receiving = False  # whether the owner is in `recv`, and reads by himself
         self.sent = self.received = 0  # bytes, for who watches the peer's pace
 
