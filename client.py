@@ -676,8 +676,9 @@ def to_json(value: Any) -> Any:
         return value.value
     if isinstance(value, (set, frozenset)):
         return list(value)
-    if hasattr(value, "tolist"):
-        return value.tolist()
+    tolist = getattr(value, "tolist", None)
+    if tolist is not None:
+        return tolist()
     raise TypeError(f"{type(value).__name__} has no JSON form")
 
 

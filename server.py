@@ -684,7 +684,7 @@ _http_date = functools.lru_cache(maxsize=1)(formatdate)
 class Handler(BaseHTTPRequestHandler):
     """One connection and its requests. ``/ws`` is one, and its connection is handed on."""
 
-    server: Server
+    server: Server  # type: ignore[assignment,unused-ignore]  # more than the base's
     disable_nagle_algorithm = True
 
     def setup(self) -> None:
@@ -1884,8 +1884,7 @@ details div div { padding: 0.5rem 0 0 1rem; }
   #episode { grid-column: 1 / 3; }
 }
 </style>
-<body>
-<p id="old">This page needs JavaScript of 2022 or later; the API does not.
+<body><p id="old">This page needs JavaScript of 2022 or later; the API does not.
 <header>
 <h1 id="name">OpenEnv</h1>
 <p id="status" role="status"></p>
@@ -1911,10 +1910,8 @@ details div div { padding: 0.5rem 0 0 1rem; }
   <div><dt>Step<dd id="count"></div><div><dt>Reward<dd id="reward"></div>
   <div><dt>Total<dd id="total"></div><div><dt>Done<dd id="done"></div>
 </dl>
-<h3>Observation, or state</h3>
-<dl id="observation" tabindex="0"></dl>
-<h3>Reward of each step</h3>
-<small id="high"></small>
+<h3>Observation, or state</h3><dl id="observation" tabindex="0"></dl>
+<h3>Reward of each step</h3><small id="high"></small>
 <svg viewBox="0 0 100 40" preserveAspectRatio="none"><polyline id="line"/></svg>
 <small id="low"></small>
 </div></section>
@@ -2234,6 +2231,9 @@ async function main() {
     if (!waiting) target.form.requestSubmit();  // held, it steps as fast as the environment answers
   };
   onbeforeunload = event => { if (stepped) event.preventDefault(); };
+  oninput = ({target: {style, value}}) => {  // Firefox takes minutes to order a long text
+    style.unicodeBidi = value.length > 1e4 ? 'bidi-override' : '';
+  };
   onhashchange = openNamed;
   $('main').hidden = false;
   if (location.pathname.endsWith('/docs')) $('main').prepend($('api'));

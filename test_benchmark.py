@@ -3257,8 +3257,14 @@ class PageTest(unittest.TestCase):
         self.step(message=hebrew, metadata=json.dumps({"all": [hebrew]}))
         self.look_at(2)
         self.assertEqual(self.evaluate(RIGHT), [True, False])
-        field = "getComputedStyle(one('#step textarea')).direction"
-        self.assertEqual(self.evaluate(field), "rtl")
+        style = "getComputedStyle(one('#step textarea'))"
+        self.assertEqual(self.evaluate(f"{style}.direction"), "rtl")
+        # To order a long text takes Firefox minutes, so none is ordered.
+        long = (
+            f"Object.assign(one('#step textarea'), {{value: '{hebrew}'.repeat(2e4)}})"
+        )
+        self.evaluate(f"{long}.dispatchEvent(new Event('input', {{bubbles: true}}))")
+        self.assertEqual(self.evaluate(f"{style}.unicodeBidi"), "bidi-override")
 
     def test_many_steps_stay_quick(self) -> None:
         self.open("web")
@@ -3960,7 +3966,7 @@ class OpenEnvTest(unittest.TestCase):
                     self.assertEqual(result.metadata, {"step": 1})
                     self.assertEqual(env.state(), {"episode_id": "e1", "step_count": 1})
 
-    def test_client_of_an_installed_package(self):
+    def test_clients_asynchronous(self):  # the first that of an installed package
         async def play():
             async with AutoEnv.from_env("benchmark", base_url=URL) as env:
                 first = await env.reset(seed=1, episode_id="e1")
@@ -3976,6 +3982,11 @@ class OpenEnvTest(unittest.TestCase):
                 self.assertEqual(result.metadata, {"step": 4})
                 state = await env.state()
                 self.assertEqual((state.episode_id, state.step_count), ("e1", 4))
+
+            async with GenericEnvClient(base_url=URL) as env:
+                self.assertEqual((await env.reset()).reward, 0.0)
+                result = await env.step({"message": "Hi"})
+                self.assertEqual(result.observation["echoed_message"], "Hi")
 
         from benchmark.client import BenchmarkAction
         asyncio.run(play())
