@@ -24,6 +24,8 @@ __version__ = "1.0.0"
 __all__ = ["BenchmarkAction", "BenchmarkEnvironment", "BenchmarkObservation"]
 __all__ += ["BenchmarkEnv", "BenchmarkEnvWS", "BenchmarkState", "StepResult"]
 
+READY = "Benchmark environment ready!"
+
 
 @dataclass
 class BenchmarkAction:
@@ -33,29 +35,26 @@ class BenchmarkAction:
         metadata={"description": "Message to echo back", "examples": ["Hello, World!"]}
     )
     metadata: dict[str, Any] = field(
-        default_factory=dict,
-        metadata={"description": "Anything the caller wants to note"},
+        default_factory=dict, metadata={"description": "What the caller wants to note"}
     )
 
 
 @dataclass
 class BenchmarkObservation:
-    """The echo of a message, and the reward for it: its length times 0.1."""
+    """The echo of a message, its length in code points, and a tenth of that as reward."""
 
+    # The examples are of a step and of a reset.
     echoed_message: str = field(
-        default="", metadata={"description": "The echoed message"}
+        default="", metadata={"examples": ["Hello, World!", READY]}
     )
-    message_length: int = field(
-        default=0, metadata={"description": "Length in code points", "minimum": 0}
-    )
+    message_length: int = field(default=0, metadata={"minimum": 0, "examples": [13, 0]})
     # The types of fields are evaluated at run time: Python 3.9 needs Optional there.
     reward: Optional[float] = field(  # noqa: UP045
-        default=None, metadata={"description": "Length of the message times 0.1"}
+        default=None, metadata={"examples": [1.3, 0.0]}
     )
     done: bool = False  # an episode never ends by itself
     metadata: dict[str, Any] = field(
-        default_factory=dict,
-        metadata={"description": "More about this step: its number"},
+        default_factory=dict, metadata={"description": "The number of this step"}
     )
 
 
@@ -89,7 +88,7 @@ class BenchmarkEnvironment:
         """
         name = str(uuid4()) if episode_id is None else episode_id
         self._state = BenchmarkState(episode_id=name)
-        return BenchmarkObservation("Benchmark environment ready!", reward=0.0)
+        return BenchmarkObservation(READY, reward=0.0)
 
     def step(
         self, action: BenchmarkAction, timeout_s: float | None = None

@@ -176,7 +176,9 @@ class Protocol:
         self.settle()
 
     def settle(self) -> None:
-        """Answer the peer's Close or fault, if all messages before it were taken."""
+        """Answer the peer's Close if all messages before it were taken, and a fault or the
+        end of the connection once they were answered, too.
+        """
         waits = self.inbox or self.answering and not self.close_received
         if self.ending and not waits and not self.closed:
             words = "" if self.close_received else self.ending.reason

@@ -150,22 +150,22 @@ def _type_schema(kind: Any) -> dict[str, Any]:
     raise TypeError(f"{kind!r} has no JSON Schema: use plain types, enums, dataclasses")
 
 
-def example(schema: Mapping[str, Any]) -> Any:
-    """Return a value that fits a schema of `json_schema`."""
+def example(schema: Mapping[str, Any], which: int = 0) -> Any:
+    """Return a value that fits a schema of `json_schema`: of several examples one."""
     if "examples" in schema:
-        return schema["examples"][0]
+        return schema["examples"][which]
     if "enum" in schema:
         return schema["enum"][0]
     if "anyOf" in schema:
-        return example(schema["anyOf"][0])
+        return example(schema["anyOf"][0], which)
     if "default" in schema:
         return schema["default"]
     kind = schema.get("type")
     if kind == "object":
-        return {k: example(v) for k, v in schema.get("properties", {}).items()}
+        return {k: example(v, which) for k, v in schema.get("properties", {}).items()}
     if kind == "array":
         alike = [schema.get("items", {})] * schema.get("minItems", 0)
-        return [example(item) for item in schema.get("prefixItems", alike)]
+        return [example(item, which) for item in schema.get("prefixItems", alike)]
     if kind == "string":
         text = "text"[: schema.get("maxLength", 4)]
         return text.ljust(schema.get("minLength", 0), ".")
@@ -1549,14 +1549,14 @@ def _result_schema(observation: dict[str, Any]) -> dict[str, Any]:
     seen = {**observation, "properties": {**observation["properties"]}}
     given, _ = (seen["properties"].pop(name, {}) for name in ("reward", "done"))
     seen["required"] = [name for name in seen["required"] if name in seen["properties"]]
-    reset = {"observation": example(seen), "reward": 0.0, "done": False}
+    reset = {"observation": example(seen, which=-1), "reward": 0.0, "done": False}
     reward = given.get("examples", [given.get("default")])[0]
     number = float(reward) if isinstance(reward, (int, float)) else 1.0
-    step = {**reset, "reward": number}
+    step = {**reset, "observation": example(seen), "reward": number}
     noted = {"metadata": {"step": 1}}
     anything = seen["properties"].get("metadata", {}).get("additionalProperties")
-    if anything is True and not reset["observation"]["metadata"]:
-        step |= {**noted, "observation": {**reset["observation"], **noted}}
+    if anything is True and not step["observation"]["metadata"]:
+        step |= {**noted, "observation": {**step["observation"], **noted}}
     result = _like(reset)
     result["properties"]["observation"] = seen
     result["properties"]["reward"] = {"anyOf": [{"type": "number"}, {"type": "null"}]}
